@@ -1,0 +1,212 @@
+//! Model providers and their wire formats.
+//!
+//! Every adapter turns one vendor's stream into the same few [`ModelEvent`]s;
+//! nothing above this room has ever seen a vendor's JSON, and it imports nothing of ours.
+
+use std::fmt;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use futures::stream::BoxStream;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+pub mod echo;
+
+/// Someone who sells or runs models.
+#[async_trait]
+pub trait Provider: Send + Sync + fmt::Debug {
+    /// Asks the model and returns its answer as it is produced.
+    ///
+    /// Dropping the stream stops the call. Failures before the first event are the `Err`
+    /// of this call; later ones are the last item of the stream.
+    ///
+    /// # Errors
+    /// Whatever keeps the model from beginning to answer, as a [`ProviderError`].
+    async fn stream(&self, request: ModelRequest) -> Result<ModelStream, ProviderError>;
+}
+
+/// A model's answer in pieces; a whole one ends with exactly one [`ModelEvent::Finished`].
+pub type ModelStream = BoxStream<'static, Result<ModelEvent, ProviderError>>;
+
+/// What a model is asked, in no vendor's words.
+#[derive(Debug, Clone, Default)]
+pub struct ModelRequest {
+    /// The model's name as its provider knows it, without the provider's prefix.
+    pub model: String,
+    /// The instructions that stand before the conversation.
+    pub system: Option<String>,
+    /// The conversation, oldest first.
+    pub messages: Vec<Message>,
+    /// What the model may call.
+    pub tools: Vec<Tool>,
+}
+
+/// One message of a conversation, tagged by its role.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "role", rename_all = "lowercase")]
+pub enum Message {
+    /// Instructions from the caller.
+    System {
+        /// The instructions.
+        content: String,
+    },
+    /// What a person said.
+    User {
+        /// Text and images in order.
+        content: Vec<Part>,
+    },
+    /// What the model answered.
+    Assistant {
+        /// Its text; absent when it only called tools.
+        content: Option<String>,
+        /// The tools it called, in order.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        tool_calls: Vec<ToolCall>,
+    },
+    /// What a tool returned.
+    Tool {
+        /// The call that this answers.
+        tool_call_id: String,
+        /// The result as the model reads it.
+        content: String,
+    },
+}
+
+/// A piece of a user's message.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum Part {
+    /// Plain text.
+    Text {
+        /// The text.
+        text: String,
+    },
+    /// A picture by `https:` address or as a `data:` URL.
+    Image {
+        /// Its address.
+        url: String,
+    },
+}
+
+/// A call of a tool by the model.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ToolCall {
+    /// The provider's id of this call.
+    pub id: String,
+    /// The tool's name.
+    pub name: String,
+    /// JSON text as the model wrote it; it may not parse.
+    pub arguments: String,
+}
+
+/// A tool that the model may call.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Tool {
+    /// 1 to 64 characters of `[A-Za-z0-9_-]`.
+    pub name: String,
+    /// What it does, for the model to read.
+    pub description: Option<String>,
+    /// A JSON Schema of type `object`.
+    pub parameters: Value,
+}
+
+/// What a model can say, whoever sells it.
+#[derive(Debug, Clone, PartialEq)]
+pub enum ModelEvent {
+    /// More of the answer's text.
+    Text(String),
+    /// More of the reasoning before the answer.
+    Reasoning(String),
+    /// The model begins a tool call; its arguments follow in pieces.
+    ToolCallStarted {
+        /// The call's place in the answer, from 0.
+        index: usize,
+        /// The provider's id of the call.
+        id: String,
+        /// The tool's name.
+        name: String,
+    },
+    /// More of a begun tool call's arguments.
+    ToolCallArguments {
+        /// The call's place in the answer.
+        index: usize,
+        /// The next piece of its JSON text.
+        piece: String,
+    },
+    /// The end of a whole answer.
+    Finished {
+        /// Why the model stopped.
+        reason: FinishReason,
+        /// What it used.
+        usage: Usage,
+    },
+}
+
+/// Why a model stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FinishReason {
+    /// It had said all it wanted to.
+    Stop,
+    /// It reached the token limit.
+    Length,
+    /// It waits for the results of its tool calls.
+    ToolCalls,
+    /// The provider's filter cut it off.
+    ContentFilter,
+}
+
+/// Tokens of one model call.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Usage {
+    /// Tokens read, cached ones included.
+    pub prompt_tokens: u64,
+    /// Tokens written, reasoning included.
+    pub completion_tokens: u64,
+    /// How many of the read ones came from the provider's cache.
+    pub cached_tokens: u64,
+    /// How many of the written ones were reasoning.
+    pub reasoning_tokens: u64,
+    /// Whether we estimated the counts because the provider gave none.
+    pub estimated: bool,
+}
+
+/// Why a model did not answer; the variant says what to do about it.
+#[derive(Debug, thiserror::Error)]
+pub enum ProviderError {
+    /// The provider refused our credentials: page whoever owns them.
+    #[error("the provider refused the credentials")]
+    Credentials,
+    /// The conversation does not fit the model: shorten it.
+    #[error("the conversation is too long for the model")]
+    ContextTooLong,
+    /// The provider will not take this request: tell the client why.
+    #[error("the provider rejected the request: {0}")]
+    Rejected(String),
+    /// Too many requests: wait.
+    #[error("the provider limits our requests")]
+    RateLimited {
+        /// How long the provider asks us to wait.
+        retry_after: Option<Duration>,
+    },
+    /// The provider cannot be reached or is broken: try again.
+    #[error("the provider is unavailable")]
+    Unavailable(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// Silence for longer than the idle limit.
+    #[error("the provider was silent for {} s", .0.as_secs())]
+    Idle(Duration),
+    /// The answer cannot be read.
+    #[error("the provider's answer could not be read: {0}")]
+    Protocol(String),
+}
+
+impl ProviderError {
+    /// Whether the same request may succeed a little later.
+    pub fn is_transient(&self) -> bool {
+        matches!(
+            self,
+            Self::RateLimited { .. } | Self::Unavailable(_) | Self::Idle(_)
+        )
+    }
+}
