@@ -40,6 +40,92 @@ pub struct ModelRequest {
     pub messages: Vec<Message>,
     /// What the model may call.
     pub tools: Vec<Tool>,
+    /// Whether it must call something; `None` leaves it to the model.
+    pub tool_choice: Option<ToolChoice>,
+    /// Whether it may call several tools in one answer; `None` is the provider's default.
+    pub parallel_tool_calls: Option<bool>,
+    /// What the answer's text must be.
+    pub response_format: ResponseFormat,
+    /// How it picks its words.
+    pub sampling: Sampling,
+    /// How long it may think first; `None` leaves the provider's default.
+    pub reasoning: Option<Effort>,
+}
+
+/// Which tool a model must call.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ToolChoice {
+    /// None at all.
+    None,
+    /// Any or none, as it likes.
+    Auto,
+    /// At least one.
+    Required,
+    /// This one.
+    Named(String),
+}
+
+/// What an answer's text must be.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub enum ResponseFormat {
+    /// Anything.
+    #[default]
+    Text,
+    /// One JSON object.
+    JsonObject,
+    /// JSON that a schema describes.
+    JsonSchema {
+        /// 1 to 64 characters of `[A-Za-z0-9_-]`.
+        name: String,
+        /// What it is for, for the model to read.
+        description: Option<String>,
+        /// The JSON Schema.
+        schema: Value,
+        /// Whether the provider is asked to enforce it.
+        strict: Option<bool>,
+    },
+}
+
+/// How a model picks its words; `None` is the provider's default.
+///
+/// An adapter that cannot send a value that is set refuses the request with
+/// [`ProviderError::Unsupported`]; it never drops it.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Sampling {
+    /// 0 to 2.
+    pub temperature: Option<f64>,
+    /// 0 to 1.
+    pub top_p: Option<f64>,
+    /// The most tokens to write, reasoning included.
+    pub max_tokens: Option<u32>,
+    /// Texts that end the answer; empty for none.
+    pub stop: Vec<String>,
+    /// Asks for the same answer to the same request.
+    pub seed: Option<i64>,
+    /// -2 to 2.
+    pub presence_penalty: Option<f64>,
+    /// -2 to 2.
+    pub frequency_penalty: Option<f64>,
+    /// From a token's number to -100 to 100.
+    pub logit_bias: Option<Value>,
+}
+
+/// How much a model thinks before it answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Effort {
+    /// Not at all.
+    Off,
+    /// As little as it can.
+    Minimal,
+    /// A little.
+    Low,
+    /// Some.
+    Medium,
+    /// Much.
+    High,
+    /// As much as it can.
+    Xhigh,
 }
 
 /// One message of a conversation, tagged by its role.
@@ -184,6 +270,9 @@ pub enum ProviderError {
     /// The provider will not take this request: tell the client why.
     #[error("the provider rejected the request: {0}")]
     Rejected(String),
+    /// The adapter cannot send a setting: tell the client to leave it out.
+    #[error("`{0}` is not supported by this model's provider")]
+    Unsupported(&'static str),
     /// Too many requests: wait.
     #[error("the provider limits our requests")]
     RateLimited {
