@@ -1,0 +1,220 @@
+//! Agents: who answers.
+
+use std::sync::Arc;
+
+use chrono::{DateTime, Utc};
+use serde_json::{Map, Value};
+use sqlx::types::Json;
+use uuid::Uuid;
+
+use super::{ProjectDb, ProjectTx, Result, StoreError};
+use crate::ids::{Agent, Id};
+
+/// An agent as it is stored.
+#[derive(Debug, Clone)]
+pub struct AgentRow {
+    /// Its id.
+    pub id: Id<Agent>,
+    /// Its name, unique in the project.
+    pub name: String,
+    /// The team it is in.
+    pub team: String,
+    /// Every other field, as it was given.
+    pub definition: Map<String, Value>,
+    /// When it was made.
+    pub created_at: DateTime<Utc>,
+    /// When it last changed.
+    pub updated_at: DateTime<Utc>,
+}
+
+/// An agent to be made.
+#[derive(Debug)]
+pub struct NewAgent<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// The team to put it in.
+    pub team: &'a str,
+    /// Every other field.
+    pub definition: &'a Map<String, Value>,
+}
+
+struct Stored {
+    id: Uuid,
+    name: String,
+    team: String,
+    definition: Json<Map<String, Value>>,
+    created_at: DateTime<Utc>,
+    updated_at: DateTime<Utc>,
+}
+
+impl From<Stored> for AgentRow {
+    fn from(stored: Stored) -> Self {
+        Self {
+            id: stored.id.into(),
+            name: stored.name,
+            team: stored.team,
+            definition: stored.definition.0,
+            created_at: stored.created_at,
+            updated_at: stored.updated_at,
+        }
+    }
+}
+
+impl ProjectDb {
+    /// The project's agents by name, of one team or of all, after the name `after`, at most `limit`.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn agents(
+        &self,
+        team: Option<&str>,
+        after: Option<&str>,
+        limit: i64,
+    ) -> Result<Vec<AgentRow>> {
+        let stored = sqlx::query_as!(
+            Stored,
+            r#"select id, name, team, definition as "definition: Json<Map<String, Value>>", created_at, updated_at
+            from agents
+            where project_id = $1
+              and ($2::text is null or team = $2)
+              and ($3::text is null or name > $3)
+            order by name
+            limit $4"#,
+            self.project,
+            team,
+            after,
+            limit
+        )
+        .fetch_all(&self.pool)
+        .await?;
+        Ok(stored.into_iter().map(AgentRow::from).collect())
+    }
+
+    /// The agent with this name or id. No round trip on a warm path.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`].
+    pub async fn agent(&self, name_or_id: &str) -> Result<Arc<AgentRow>> {
+        if let Some(agent) = self.warm.agent(self.project, self.world, name_or_id) {
+            return Ok(agent);
+        }
+        let generation = self.warm.generation();
+        let id = name_or_id.parse::<Id<Agent>>().ok().map(Id::uuid);
+        let stored = sqlx::query_as!(
+            Stored,
+            r#"select id, name, team, definition as "definition: Json<Map<String, Value>>", created_at, updated_at
+            from agents
+            where project_id = $1
+              and (name = $2 or id = $3)
+            order by name = $2 desc
+            limit 1"#,
+            self.project,
+            name_or_id,
+            id
+        )
+        .fetch_one(&self.pool)
+        .await?;
+        let agent = Arc::new(AgentRow::from(stored));
+        self.warm.keep_agent(
+            generation,
+            self.project,
+            self.world,
+            name_or_id,
+            agent.clone(),
+        );
+        Ok(agent)
+    }
+}
+
+impl ProjectTx {
+    /// Makes an agent.
+    ///
+    /// # Errors
+    /// Constraints `agents_name_key` and `agents_team_fkey`.
+    pub async fn create_agent(&mut self, new: &NewAgent<'_>) -> Result<AgentRow> {
+        let stored = sqlx::query_as!(
+            Stored,
+            r#"insert into agents (project_id, id, name, team, definition)
+            values ($1, $2, $3, $4, $5)
+            returning id, name, team, definition as "definition: Json<Map<String, Value>>", created_at, updated_at"#,
+            self.db.project,
+            Id::<Agent>::new().uuid(),
+            new.name,
+            new.team,
+            Json(new.definition) as _
+        )
+        .fetch_one(&mut *self.tx)
+        .await?;
+        Ok(stored.into())
+    }
+
+    /// The agent with this name or id, held against other changes until the commit.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`].
+    pub async fn lock_agent(&mut self, name_or_id: &str) -> Result<AgentRow> {
+        let id = name_or_id.parse::<Id<Agent>>().ok().map(Id::uuid);
+        let stored = sqlx::query_as!(
+            Stored,
+            r#"select id, name, team, definition as "definition: Json<Map<String, Value>>", created_at, updated_at
+            from agents
+            where project_id = $1
+              and (name = $2 or id = $3)
+            order by name = $2 desc
+            limit 1
+            for update"#,
+            self.db.project,
+            name_or_id,
+            id
+        )
+        .fetch_one(&mut *self.tx)
+        .await?;
+        Ok(stored.into())
+    }
+
+    /// Puts an agent's fields and team in place of the earlier ones.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`]; constraint `agents_team_fkey`.
+    pub async fn update_agent(
+        &mut self,
+        id: Id<Agent>,
+        team: &str,
+        definition: &Map<String, Value>,
+    ) -> Result<AgentRow> {
+        let stored = sqlx::query_as!(
+            Stored,
+            r#"update agents
+            set team = $3, definition = $4, updated_at = now()
+            where project_id = $1 and id = $2
+            returning id, name, team, definition as "definition: Json<Map<String, Value>>", created_at, updated_at"#,
+            self.db.project,
+            id.uuid(),
+            team,
+            Json(definition) as _
+        )
+        .fetch_one(&mut *self.tx)
+        .await?;
+        Ok(stored.into())
+    }
+
+    /// Removes the agent with this name or id. Its sessions stay.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`].
+    pub async fn delete_agent(&mut self, name_or_id: &str) -> Result<()> {
+        let agent = self.lock_agent(name_or_id).await?;
+        let deleted = sqlx::query!(
+            "delete from agents where project_id = $1 and id = $2",
+            self.db.project,
+            agent.id.uuid()
+        )
+        .execute(&mut *self.tx)
+        .await?;
+        if deleted.rows_affected() == 0 {
+            Err(StoreError::NotFound)
+        } else {
+            Ok(())
+        }
+    }
+}

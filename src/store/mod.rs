@@ -1,0 +1,258 @@
+//! Postgres: all SQL of the program, one file per resource.
+//!
+//! Nothing outside this room can reach a pool. Rows of a project are reached through
+//! [`ProjectDb`] alone, which comes from a valid key or from the platform's admin.
+
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use sqlx::{Executor, PgPool};
+use uuid::Uuid;
+
+mod agents;
+mod credentials;
+mod keys;
+mod migrate;
+mod organizations;
+mod projects;
+mod sessions;
+mod teams;
+mod turns;
+mod warm;
+
+pub use agents::{AgentRow, NewAgent};
+pub use credentials::{CredentialRow, SealedCredential};
+pub use keys::{KeyHash, KeyRow, NewKey};
+pub use migrate::{MigrationState, migrate, migration_state};
+pub use organizations::OrganizationRow;
+pub use projects::{ProjectRow, ProjectStatus};
+pub use sessions::{MessageRow, NewMessage, SessionFilter, SessionRow};
+pub use teams::TeamRow;
+pub use turns::{CallUsage, RunStatus, TurnRecord};
+use warm::Warm;
+
+/// Which of a project's two data sets a key opens. Decided by the key, never by a parameter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum World {
+    /// Production data, opened by `sk_live_` keys.
+    Live,
+    /// The sandbox, opened by `sk_test_` keys.
+    Test,
+}
+
+impl World {
+    /// Both, in the order in which they are migrated.
+    pub const ALL: [Self; 2] = [Self::Live, Self::Test];
+
+    fn schema(self) -> &'static str {
+        match self {
+            Self::Live => "production",
+            Self::Test => "sandbox",
+        }
+    }
+
+    /// The word for it on the wire and in the `api_keys` table.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Live => "live",
+            Self::Test => "test",
+        }
+    }
+}
+
+/// Why the store did not do as asked.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// No such row, or it is another project's, which is the same to the caller.
+    #[error("not found")]
+    NotFound,
+    /// A constraint, by its name, refuses the change.
+    #[error("constraint {0} refuses the change")]
+    Constraint(String),
+    /// The database cannot be reached or has no connection to spare; it may soon.
+    #[error("the database is unavailable")]
+    Unavailable(#[source] sqlx::Error),
+    /// Anything else, which is a defect of ours.
+    #[error("the database refused a statement")]
+    Unexpected(#[source] sqlx::Error),
+}
+
+impl StoreError {
+    /// Whether the named constraint refused the change.
+    pub fn is_constraint(&self, name: &str) -> bool {
+        matches!(self, Self::Constraint(constraint) if constraint == name)
+    }
+}
+
+impl From<sqlx::Error> for StoreError {
+    fn from(error: sqlx::Error) -> Self {
+        match &error {
+            sqlx::Error::RowNotFound => Self::NotFound,
+            sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed | sqlx::Error::Io(_) => {
+                Self::Unavailable(error)
+            }
+            sqlx::Error::Database(database) => match (database.constraint(), database.code()) {
+                (Some(constraint), _) => Self::Constraint(constraint.to_owned()),
+                // Classes 08 (connection), 53 (resources) and 57 (operator intervention: shutdown, start-up).
+                (None, Some(code))
+                    if ["08", "53", "57"]
+                        .iter()
+                        .any(|class| code.starts_with(class)) =>
+                {
+                    Self::Unavailable(error)
+                }
+                _ => Self::Unexpected(error),
+            },
+            _ => Self::Unexpected(error),
+        }
+    }
+}
+
+/// The result of a statement.
+pub type Result<T> = std::result::Result<T, StoreError>;
+
+/// How many connections the program may hold, and how long a request waits for one.
+#[derive(Debug, Clone, Copy)]
+pub struct PoolSettings {
+    /// The most connections to each of the two worlds.
+    pub world_connections: u32,
+    /// The most connections to the platform's tables.
+    pub platform_connections: u32,
+    /// How long a request waits for a connection before it is answered 503.
+    pub acquire_timeout: Duration,
+}
+
+/// The database: one pool per schema, each with its `search_path` fixed at connect,
+/// so a plain table name never reaches another schema (`tests/house.rs` refuses qualified ones).
+#[derive(Debug, Clone)]
+pub struct Db {
+    platform: PgPool,
+    live: PgPool,
+    test: PgPool,
+    warm: Arc<Warm>,
+}
+
+impl Db {
+    /// Opens the pools. Connections are made when they are first needed.
+    ///
+    /// # Errors
+    /// When `url` is not a Postgres URL.
+    pub fn open(url: &str, settings: PoolSettings) -> std::result::Result<Self, sqlx::Error> {
+        let options = PgConnectOptions::from_str(url)?.application_name("polpo");
+        let pool = |schema: &'static str, most: u32| {
+            PgPoolOptions::new()
+                .max_connections(most)
+                .acquire_timeout(settings.acquire_timeout)
+                // A connection that died while idle is found out by the statement that fails on it;
+                // asking first would cost every statement a round trip.
+                .test_before_acquire(false)
+                .after_connect(move |connection, _| {
+                    Box::pin(async move {
+                        let set = match schema {
+                            "platform" => "set search_path = platform",
+                            "production" => "set search_path = production",
+                            _ => "set search_path = sandbox",
+                        };
+                        connection.execute(set).await.map(drop)
+                    })
+                })
+                .connect_lazy_with(options.clone())
+        };
+        Ok(Self {
+            platform: pool("platform", settings.platform_connections),
+            live: pool(World::Live.schema(), settings.world_connections),
+            test: pool(World::Test.schema(), settings.world_connections),
+            warm: Arc::default(),
+        })
+    }
+
+    fn world(&self, world: World) -> &PgPool {
+        match world {
+            World::Live => &self.live,
+            World::Test => &self.test,
+        }
+    }
+
+    /// Closes every connection, after the statements under way.
+    pub async fn close(&self) {
+        tokio::join!(self.platform.close(), self.live.close(), self.test.close());
+    }
+
+    /// The door to one project's rows. Private: it opens only for a key or the admin.
+    fn project(&self, project: Uuid, world: World) -> ProjectDb {
+        ProjectDb {
+            pool: self.world(world).clone(),
+            project,
+            world,
+            warm: self.warm.clone(),
+        }
+    }
+}
+
+/// One project's rows in one world: the only door to tenant tables.
+#[derive(Debug, Clone)]
+pub struct ProjectDb {
+    pool: PgPool,
+    project: Uuid,
+    world: World,
+    warm: Arc<Warm>,
+}
+
+impl ProjectDb {
+    /// The project whose rows these are.
+    pub fn project(&self) -> Uuid {
+        self.project
+    }
+
+    /// The world whose rows these are.
+    pub fn world(&self) -> World {
+        self.world
+    }
+
+    /// Begins a change. Everything done through it commits together or not at all.
+    ///
+    /// # Errors
+    /// [`StoreError::Unavailable`] when no connection is to be had.
+    pub async fn begin(&self) -> Result<ProjectTx> {
+        Ok(ProjectTx {
+            tx: self.pool.begin().await?,
+            db: self.clone(),
+        })
+    }
+}
+
+/// A change to one project.
+#[derive(Debug)]
+pub struct ProjectTx {
+    tx: sqlx::Transaction<'static, sqlx::Postgres>,
+    db: ProjectDb,
+}
+
+impl ProjectTx {
+    /// Commits, and forgets what this process knew of the project; other processes follow
+    /// from the `changes` row.
+    ///
+    /// # Errors
+    /// When the database does not confirm the commit.
+    pub async fn commit(mut self) -> Result<()> {
+        sqlx::query!(
+            "insert into changes (project_id) values ($1)",
+            self.db.project
+        )
+        .execute(&mut *self.tx)
+        .await?;
+        self.tx.commit().await?;
+        self.db.warm.forget(self.db.project);
+        Ok(())
+    }
+}
+
+/// The instant that `Utc::now` gives, cut to what Postgres keeps, so that a row reads back as it was written.
+pub(crate) fn to_micros(at: DateTime<Utc>) -> DateTime<Utc> {
+    DateTime::from_timestamp_micros(at.timestamp_micros()).unwrap_or(at)
+}

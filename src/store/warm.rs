@@ -1,0 +1,233 @@
+//! What a warm request needs without asking the database: its key, its agent, its credentials.
+//!
+//! A change is seen at once by the process that made it, which calls [`Warm::forget`], and
+//! within a second by every other, which reads the `changes` tables every
+//! [`POLL`]. A process that cannot read them trusts nothing it knows after [`TRUST`]:
+//! a lost database must not keep a revoked key alive.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, RwLock};
+use std::time::{Duration, Instant};
+
+use uuid::Uuid;
+
+use super::{AgentRow, Db, KeyHash, KeyRow, Result, SealedCredential, World};
+
+/// How often the `changes` tables are read.
+pub(super) const POLL: Duration = Duration::from_millis(300);
+/// How long after the last good read the entries are believed.
+const TRUST: Duration = Duration::from_millis(900);
+/// Entries of each kind; past it they are all dropped, which is rarer and simpler than picking one.
+const MOST: usize = 10_000;
+
+#[derive(Debug, Default)]
+pub(super) struct Warm {
+    entries: RwLock<Entries>,
+    keys_used: RwLock<HashSet<Uuid>>,
+}
+
+#[derive(Debug, Default)]
+struct Entries {
+    /// Grows with every forgetting, so that what was read before one is not kept after it.
+    generation: u64,
+    confirmed: Option<Instant>,
+    keys: HashMap<KeyHash, Arc<KeyRow>>,
+    agents: HashMap<(Uuid, World), HashMap<String, Arc<AgentRow>>>,
+    credentials: HashMap<Uuid, Arc<Vec<SealedCredential>>>,
+    /// Numbers of the changes already acted on, per schema.
+    seen: HashSet<(String, i64)>,
+}
+
+impl Entries {
+    fn trusted(&self) -> bool {
+        self.confirmed.is_some_and(|at| at.elapsed() < TRUST)
+    }
+
+    fn forget(&mut self, project: Uuid) {
+        self.generation += 1;
+        self.keys.retain(|_, key| key.project_id != project);
+        for world in World::ALL {
+            self.agents.remove(&(project, world));
+        }
+        self.credentials.remove(&project);
+    }
+}
+
+const POISONED: &str = "nothing panics while it holds the warm entries";
+
+impl Warm {
+    pub(super) fn generation(&self) -> u64 {
+        self.entries.read().expect(POISONED).generation
+    }
+
+    pub(super) fn forget(&self, project: Uuid) {
+        self.entries.write().expect(POISONED).forget(project);
+    }
+
+    pub(super) fn key(&self, hash: &KeyHash) -> Option<Arc<KeyRow>> {
+        let entries = self.entries.read().expect(POISONED);
+        entries
+            .keys
+            .get(hash)
+            .filter(|_| entries.trusted())
+            .cloned()
+    }
+
+    pub(super) fn agent(&self, project: Uuid, world: World, name: &str) -> Option<Arc<AgentRow>> {
+        let entries = self.entries.read().expect(POISONED);
+        entries
+            .agents
+            .get(&(project, world))?
+            .get(name)
+            .filter(|_| entries.trusted())
+            .cloned()
+    }
+
+    pub(super) fn credentials(&self, project: Uuid) -> Option<Arc<Vec<SealedCredential>>> {
+        let entries = self.entries.read().expect(POISONED);
+        entries
+            .credentials
+            .get(&project)
+            .filter(|_| entries.trusted())
+            .cloned()
+    }
+
+    pub(super) fn keep_key(&self, generation: u64, hash: KeyHash, key: Arc<KeyRow>) {
+        self.keep(generation, |entries| {
+            if entries.keys.len() >= MOST {
+                entries.keys.clear();
+            }
+            entries.keys.insert(hash, key);
+        });
+    }
+
+    pub(super) fn keep_agent(
+        &self,
+        generation: u64,
+        project: Uuid,
+        world: World,
+        name: &str,
+        agent: Arc<AgentRow>,
+    ) {
+        self.keep(generation, |entries| {
+            if entries.agents.len() >= MOST {
+                entries.agents.clear();
+            }
+            let agents = entries.agents.entry((project, world)).or_default();
+            if agents.len() >= MOST {
+                agents.clear();
+            }
+            agents.insert(name.to_owned(), agent);
+        });
+    }
+
+    pub(super) fn keep_credentials(
+        &self,
+        generation: u64,
+        project: Uuid,
+        credentials: Arc<Vec<SealedCredential>>,
+    ) {
+        self.keep(generation, |entries| {
+            if entries.credentials.len() >= MOST {
+                entries.credentials.clear();
+            }
+            entries.credentials.insert(project, credentials);
+        });
+    }
+
+    fn keep(&self, generation: u64, insert: impl FnOnce(&mut Entries)) {
+        let mut entries = self.entries.write().expect(POISONED);
+        if entries.generation == generation {
+            insert(&mut entries);
+        }
+    }
+
+    /// Notes that a key opened a request, for [`Db::record_key_use`].
+    pub(super) fn note_use(&self, key: Uuid) {
+        if !self.keys_used.read().expect(POISONED).contains(&key) {
+            self.keys_used.write().expect(POISONED).insert(key);
+        }
+    }
+}
+
+impl Db {
+    /// Keeps the warm entries true until the future is dropped: reads the `changes` tables and forgets
+    /// the projects they name.
+    pub async fn follow_changes(&self) {
+        let mut interval = tokio::time::interval(POLL);
+        interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            interval.tick().await;
+            if let Err(error) = self.read_changes().await {
+                tracing::warn!(
+                    "the changes of other processes cannot be read, answering from the database: {error}"
+                );
+            }
+        }
+    }
+
+    async fn read_changes(&self) -> Result<()> {
+        let asked = Instant::now();
+        // Looks back further than any change takes to commit: `at` is taken before the commit.
+        let changes = sqlx::query!(
+            r#"select 'platform' as "schema!", seq as "seq!", project_id as "project_id!" from platform.changes where at > clock_timestamp() - interval '30 s'
+            union all
+            select 'production', seq, project_id from production.changes where at > clock_timestamp() - interval '30 s'
+            union all
+            select 'sandbox', seq, project_id from sandbox.changes where at > clock_timestamp() - interval '30 s'
+            order by 1, 2"#
+        )
+        .fetch_all(&self.platform)
+        .await?;
+        let mut entries = self.warm.entries.write().expect(POISONED);
+        let current: HashSet<(String, i64)> = changes
+            .iter()
+            .map(|change| (change.schema.clone(), change.seq))
+            .collect();
+        for change in changes {
+            if !entries.seen.contains(&(change.schema, change.seq)) {
+                entries.forget(change.project_id);
+            }
+        }
+        entries.seen = current;
+        entries.confirmed = Some(asked);
+        Ok(())
+    }
+
+    /// Deletes changes that every process has long seen.
+    ///
+    /// # Errors
+    /// When the database cannot be reached; the next call catches up.
+    pub async fn prune_changes(&self) -> Result<()> {
+        for pool in [&self.platform, &self.live, &self.test] {
+            sqlx::query!("delete from changes where at < clock_timestamp() - interval '5 min'")
+                .execute(pool)
+                .await?;
+        }
+        Ok(())
+    }
+
+    /// Writes down when the keys noted since the last call were used.
+    ///
+    /// # Errors
+    /// When the database cannot be reached; these uses are then not recorded.
+    pub async fn record_key_use(&self) -> Result<()> {
+        let used: Vec<Uuid> = self
+            .warm
+            .keys_used
+            .write()
+            .expect(POISONED)
+            .drain()
+            .collect();
+        if used.is_empty() {
+            return Ok(());
+        }
+        sqlx::query!(
+            "update api_keys set last_used_at = now() where id = any($1)",
+            &used
+        )
+        .execute(&self.platform)
+        .await?;
+        Ok(())
+    }
+}
