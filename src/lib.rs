@@ -1,7 +1,15 @@
 //! Polpo: one binary and one Postgres that give any product an agent backend.
 //!
-//! The modules in reading order: [`ids`] names things, [`llm`] speaks to model providers.
+//! The modules in reading order: [`config`] holds the settings, [`cli`] runs a role, [`app`] is what all
+//! share; [`api`] speaks HTTP, [`agent`] runs a turn, [`llm`] speaks to model providers, [`store`] to
+//! Postgres; [`ids`] and [`seal`] are plain values.
 
+pub mod agent;
+pub mod api;
+pub mod app;
+pub mod cli;
+pub mod config;
 pub mod ids;
 pub mod llm;
+pub mod seal;
 pub mod store;

@@ -11,7 +11,16 @@ use futures::stream::BoxStream;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-pub mod echo;
+mod anthropic;
+mod echo;
+mod http;
+mod openai;
+mod providers;
+mod sse;
+
+pub use echo::Echo;
+pub use http::{ClientSettings, HttpClient};
+pub use providers::{Credential, KNOWN, Known, ProjectCredentials, Providers, ResolveError};
 
 /// Someone who sells or runs models.
 #[async_trait]
@@ -24,6 +33,11 @@ pub trait Provider: Send + Sync + fmt::Debug {
     /// # Errors
     /// Whatever keeps the model from beginning to answer, as a [`ProviderError`].
     async fn stream(&self, request: ModelRequest) -> Result<ModelStream, ProviderError>;
+
+    /// Whether [`ResponseFormat`] reaches the model as a setting; where it does not, it belongs into the prompt.
+    fn supports_json_schema(&self) -> bool {
+        false
+    }
 }
 
 /// A model's answer in pieces; a whole one ends with exactly one [`ModelEvent::Finished`].

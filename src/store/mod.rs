@@ -253,6 +253,6 @@ impl ProjectTx {
 }
 
 /// The instant that `Utc::now` gives, cut to what Postgres keeps, so that a row reads back as it was written.
-pub(crate) fn to_micros(at: DateTime<Utc>) -> DateTime<Utc> {
+fn to_micros(at: DateTime<Utc>) -> DateTime<Utc> {
     DateTime::from_timestamp_micros(at.timestamp_micros()).unwrap_or(at)
 }

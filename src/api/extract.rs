@@ -1,0 +1,183 @@
+//! What handlers ask of a request, with our own errors.
+
+use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
+use axum::extract::{FromRequest, FromRequestParts, Request};
+use axum::http::StatusCode;
+use axum::http::request::Parts;
+use axum::response::{IntoResponse, Response};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::error::ApiError;
+use crate::store::ProjectDb;
+
+/// A JSON body, in and out.
+#[derive(Debug)]
+pub struct Json<T>(pub T);
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Json<T> {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
+        match axum::Json::from_request(request, state).await {
+            Ok(axum::Json(value)) => Ok(Self(value)),
+            Err(rejection) => Err(json_error(&rejection)),
+        }
+    }
+}
+
+fn json_error(rejection: &JsonRejection) -> ApiError {
+    match rejection {
+        JsonRejection::MissingJsonContentType(_) => ApiError::UnsupportedMediaType,
+        _ if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE => ApiError::TooLarge,
+        _ => ApiError::BadRequest {
+            message: cause(rejection),
+            param: None,
+        },
+    }
+}
+
+/// The innermost cause says what is wrong and where; the outer ones say that something is.
+fn cause(error: &dyn std::error::Error) -> String {
+    let mut innermost = error;
+    while let Some(source) = innermost.source() {
+        innermost = source;
+    }
+    format!("The request cannot be read: {innermost}")
+}
+
+impl<T: Serialize> IntoResponse for Json<T> {
+    fn into_response(self) -> Response {
+        axum::Json(self.0).into_response()
+    }
+}
+
+/// The parameters of the path, percent-decoded.
+#[derive(Debug)]
+pub struct Path<T>(pub T);
+
+impl<T: DeserializeOwned + Send, S: Send + Sync> FromRequestParts<S> for Path<T> {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        axum::extract::Path::from_request_parts(parts, state)
+            .await
+            .map(|axum::extract::Path(value)| Self(value))
+            // What does not parse names nothing.
+            .map_err(|_: PathRejection| ApiError::NotFound("Not found".to_owned()))
+    }
+}
+
+/// The parameters of the query.
+#[derive(Debug)]
+pub struct Query<T>(pub T);
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Query<T> {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        axum::extract::Query::from_request_parts(parts, state)
+            .await
+            .map(|axum::extract::Query(value)| Self(value))
+            .map_err(|rejection: QueryRejection| ApiError::BadRequest {
+                message: cause(&rejection),
+                param: None,
+            })
+    }
+}
+
+/// The door to the project that the request's key opens. Placed by [`super::auth`].
+#[derive(Debug)]
+pub struct Door(pub ProjectDb);
+
+impl<S: Send + Sync> FromRequestParts<S> for Door {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, ApiError> {
+        // A route outside the auth layer has no door; it must not open one.
+        parts
+            .extensions
+            .get::<ProjectDb>()
+            .cloned()
+            .map(Self)
+            .ok_or(ApiError::Unauthorized)
+    }
+}
+
+/// Which part of a list is asked for.
+#[derive(Debug, Deserialize, utoipa::IntoParams)]
+#[into_params(parameter_in = Query)]
+pub struct Page {
+    /// How many at most: 1 to 1,000.
+    #[param(minimum = 1, maximum = 1000, default = 1000)]
+    pub limit: Option<i64>,
+    /// The last item of the page before.
+    pub after: Option<String>,
+}
+
+/// The most items that a list has, and how many it has unless asked for fewer.
+const MOST: i64 = 1000;
+
+impl Page {
+    /// The page's size.
+    ///
+    /// # Errors
+    /// 400 when it is out of bounds.
+    pub fn size(&self) -> Result<i64, ApiError> {
+        match self.limit {
+            None => Ok(MOST),
+            Some(limit) if (1..=MOST).contains(&limit) => Ok(limit),
+            Some(_) => Err(ApiError::invalid(
+                "limit",
+                format!("`limit` must be from 1 to {MOST}."),
+            )),
+        }
+    }
+
+    /// The item the page begins after.
+    ///
+    /// # Errors
+    /// 400 when it is no id of this list.
+    pub fn after<T: std::str::FromStr>(&self) -> Result<Option<T>, ApiError> {
+        let parsed = self.after.as_deref().map(str::parse).transpose();
+        parsed.map_err(|_| {
+            ApiError::invalid("after", "`after` must be the id of an item of this list.")
+        })
+    }
+}
+
+/// A list, with a link to its next page (RFC 8288) when it may have one.
+#[derive(Debug)]
+pub struct Listed<T> {
+    /// The page's items.
+    pub items: Vec<T>,
+    /// Where the next page is.
+    pub next: Option<String>,
+}
+
+impl<T> Listed<T> {
+    /// A page of `size` of the list at `path`; a full page may have another after its last item.
+    pub fn new(items: Vec<T>, size: i64, path: &str, last: impl Fn(&T) -> String) -> Self {
+        let full = i64::try_from(items.len()).is_ok_and(|count| count >= size);
+        let next = items.last().filter(|_| full).map(|item| {
+            let separator = if path.contains('?') { '&' } else { '?' };
+            format!(
+                "<{path}{separator}limit={size}&after={}>; rel=\"next\"",
+                last(item)
+            )
+        });
+        Self { items, next }
+    }
+}
+
+impl<T: Serialize> IntoResponse for Listed<T> {
+    fn into_response(self) -> Response {
+        let mut response = axum::Json(self.items).into_response();
+        if let Some(link) = self.next.and_then(|next| next.parse().ok()) {
+            response
+                .headers_mut()
+                .insert(axum::http::header::LINK, link);
+        }
+        response
+    }
+}

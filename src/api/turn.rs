@@ -1,0 +1,362 @@
+//! A chat turn under way: pulled and recorded by a task of its own, heard by the response.
+//!
+//! The task outlives the response. A caller that leaves stops the model within moments, and what was
+//! said and used is still recorded. The channel between the two is short, so a slow reader holds the
+//! model up instead of filling memory.
+
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use chrono::{DateTime, Utc};
+use futures::{Stream, StreamExt};
+use serde_json::Value;
+use tokio::sync::mpsc;
+
+use super::error::ApiError;
+use super::openai::ChunkWriter;
+use crate::agent::{self, Answer, OutputFormat, Repair, Step, TurnError, TurnEvent};
+use crate::app::App;
+use crate::ids::{Id, Run, Session};
+use crate::llm::{FinishReason, Message, ModelEvent, ModelRequest, Part, Provider, Usage};
+use crate::store::{AgentRow, CallUsage, NewMessage, ProjectDb, RunStatus, StoreError, TurnRecord};
+
+/// How long a stream may be silent before a comment goes out.
+pub const KEEP_ALIVE: Duration = Duration::from_secs(15);
+/// How long a reader may take nothing before it counts as gone.
+const STALL: Duration = Duration::from_secs(120);
+/// Pieces that wait for a slow reader.
+const WAITING: usize = 64;
+
+/// What a response hears of its turn. Ends with one `Finished` or `Failed`.
+#[derive(Debug)]
+pub enum Said {
+    /// More of the answer.
+    Delta(ModelEvent),
+    /// What was said so far does not count.
+    Restarted,
+    /// The whole answer is stored.
+    Finished {
+        /// Why the model stopped.
+        reason: FinishReason,
+        /// What the turn used.
+        usage: Usage,
+    },
+    /// There is no whole answer.
+    Failed(ApiError),
+}
+
+/// One turn: who talks to whom, and what is new in it.
+#[derive(Debug)]
+pub struct Turn {
+    /// Where it is recorded.
+    pub db: ProjectDb,
+    /// The run's id.
+    pub run: Id<Run>,
+    /// The session it belongs to.
+    pub session: Id<Session>,
+    /// Whether the session is there already.
+    pub continues: bool,
+    /// The session's title if it is new.
+    pub title: Option<String>,
+    /// Who answers.
+    pub agent: Arc<AgentRow>,
+    /// The caller's own user.
+    pub end_user: Option<String>,
+    /// The caller's own labels.
+    pub metadata: Value,
+    /// What the caller said that is not stored yet.
+    pub new_messages: Vec<Message>,
+    /// The model as the agent names it.
+    pub model_name: String,
+    /// When the turn began.
+    pub started_at: DateTime<Utc>,
+}
+
+/// What a turn's task knows of it so far.
+#[derive(Debug, Default)]
+struct Progress {
+    answer: Answer,
+    steps: Vec<Step>,
+    /// Tokens of the prompt if the provider never gets to say.
+    prompt_estimate: u64,
+}
+
+/// Starts a turn and returns its ear. Dropping the ear is leaving.
+pub fn begin(
+    app: &App,
+    turn: Turn,
+    provider: Arc<dyn Provider>,
+    request: ModelRequest,
+    format: OutputFormat,
+    repair: Repair,
+) -> mpsc::Receiver<Said> {
+    let (sender, receiver) = mpsc::channel(WAITING);
+    let stop = app.stop_turns.clone();
+    app.turns.spawn(async move {
+        let mut progress = Progress { prompt_estimate: estimate_prompt(&request), ..Progress::default() };
+        let events = agent::turn(provider, request, format, repair);
+        let outcome = tokio::select! {
+            outcome = listen(events, &sender, &mut progress) => outcome,
+            () = stop.cancelled() => Outcome::Failed(ApiError::Unavailable(anyhow::anyhow!("the server is stopping"))),
+        };
+        conclude(&turn, outcome, progress, &sender).await;
+    });
+    receiver
+}
+
+enum Outcome {
+    Finished,
+    Left,
+    Failed(ApiError),
+}
+
+async fn listen(
+    events: impl Stream<Item = Result<TurnEvent, TurnError>>,
+    sender: &mpsc::Sender<Said>,
+    progress: &mut Progress,
+) -> Outcome {
+    let mut events = pin!(events);
+    loop {
+        let event = tokio::select! {
+            event = events.next() => event,
+            // The model may be silent while its caller leaves.
+            () = sender.closed() => return Outcome::Left,
+        };
+        let said = match event {
+            None => return Outcome::Finished,
+            Some(Err(error)) => return Outcome::Failed(error.into()),
+            Some(Ok(TurnEvent::Delta(delta))) => {
+                progress.answer.push(&delta);
+                Said::Delta(delta)
+            }
+            Some(Ok(TurnEvent::Restarted)) => Said::Restarted,
+            Some(Ok(TurnEvent::Step(step))) => {
+                progress.answer = Answer::default();
+                progress.steps.push(step);
+                continue;
+            }
+        };
+        if sender.send_timeout(said, STALL).await.is_err() {
+            return Outcome::Left;
+        }
+    }
+}
+
+/// Records the turn, then tells its end: an answer that was told as finished is stored.
+async fn conclude(turn: &Turn, outcome: Outcome, progress: Progress, sender: &mpsc::Sender<Said>) {
+    let (status, interrupted) = match &outcome {
+        Outcome::Finished => (RunStatus::Finished, false),
+        Outcome::Left => (RunStatus::Interrupted, true),
+        Outcome::Failed(_) => (RunStatus::Failed, true),
+    };
+    let calls = calls(&turn.model_name, &progress);
+    let usage = progress
+        .steps
+        .iter()
+        .fold(Usage::default(), |sum, step| add(sum, step.usage));
+    let reason = progress
+        .steps
+        .last()
+        .map_or(FinishReason::Stop, |step| step.reason);
+    let answer = match progress.steps.into_iter().last() {
+        Some(step) if !interrupted => Some(step.message),
+        Some(step) if progress.answer.is_empty() => Some(step.message),
+        _ if progress.answer.is_empty() => None,
+        _ => Some(progress.answer.into_message()),
+    };
+    // A failure before the first word leaves no conversation behind; a caller that left early does.
+    let keep = answer.is_some() || status == RunStatus::Interrupted;
+    let messages = if keep {
+        stored_messages(turn, answer, interrupted)
+    } else {
+        Ok(Vec::new())
+    };
+    let recorded = match messages {
+        Ok(messages) => record(turn, &messages, &calls, status).await,
+        Err(error) => Err(error),
+    };
+    let last = match (outcome, recorded) {
+        (Outcome::Failed(error), Ok(())) => Said::Failed(error),
+        (Outcome::Failed(error), Err(unrecorded)) => {
+            tracing::error!("a failed turn could not be recorded: {unrecorded:?}");
+            Said::Failed(error)
+        }
+        (Outcome::Finished, Ok(())) => Said::Finished { reason, usage },
+        (Outcome::Finished, Err(error)) => Said::Failed(error),
+        (Outcome::Left, Ok(())) => return,
+        (Outcome::Left, Err(error)) => {
+            tracing::error!("an interrupted turn could not be recorded: {error:?}");
+            return;
+        }
+    };
+    // Nobody listens any more: then nobody needs to know.
+    let _ = sender.send(last).await;
+}
+
+async fn record(
+    turn: &Turn,
+    messages: &[NewMessage],
+    calls: &[CallUsage],
+    status: RunStatus,
+) -> Result<(), ApiError> {
+    let record = TurnRecord {
+        run: turn.run,
+        session: turn.session,
+        continues: turn.continues,
+        title: turn.title.as_deref(),
+        agent: (turn.agent.id, &turn.agent.name),
+        end_user: turn.end_user.as_deref(),
+        metadata: &turn.metadata,
+        messages,
+        calls,
+        status,
+        started_at: turn.started_at,
+        ended_at: Utc::now(),
+    };
+    match turn.db.record_turn(&record).await {
+        Err(StoreError::NotFound) => Err(ApiError::missing("Session", &turn.session.to_string())),
+        result => Ok(result?),
+    }
+}
+
+fn stored_messages(
+    turn: &Turn,
+    answer: Option<Message>,
+    interrupted: bool,
+) -> Result<Vec<NewMessage>, ApiError> {
+    let now = Utc::now();
+    let asked = turn
+        .new_messages
+        .iter()
+        .cloned()
+        .map(|message| (message, false, turn.started_at));
+    asked
+        .chain(answer.map(|answer| (answer, interrupted, now)))
+        .map(|(message, interrupted, created_at)| {
+            let mut body =
+                serde_json::to_value(message).map_err(|error| ApiError::Internal(error.into()))?;
+            replace_nul(&mut body);
+            Ok(NewMessage {
+                body,
+                interrupted,
+                created_at,
+            })
+        })
+        .collect()
+}
+
+/// Postgres stores no NUL character; a model that says one must not cost the turn.
+fn replace_nul(value: &mut Value) {
+    match value {
+        Value::String(text) if text.contains('\0') => *text = text.replace('\0', "\u{fffd}"),
+        Value::Array(items) => items.iter_mut().for_each(replace_nul),
+        Value::Object(members) => members.values_mut().for_each(replace_nul),
+        _ => {}
+    }
+}
+
+fn calls(model: &str, progress: &Progress) -> Vec<CallUsage> {
+    let told = progress.steps.iter().map(|step| step.usage);
+    // The call that was cut off never told what it used.
+    let cut = (!progress.answer.is_empty()).then(|| Usage {
+        prompt_tokens: progress.prompt_estimate,
+        completion_tokens: estimate(progress.answer.text().len()),
+        estimated: true,
+        ..Usage::default()
+    });
+    told.chain(cut)
+        .map(|usage| CallUsage {
+            model: model.to_owned(),
+            prompt_tokens: usage.prompt_tokens,
+            completion_tokens: usage.completion_tokens,
+            cached_tokens: usage.cached_tokens,
+            reasoning_tokens: usage.reasoning_tokens,
+            estimated: usage.estimated,
+        })
+        .collect()
+}
+
+fn add(a: Usage, b: Usage) -> Usage {
+    Usage {
+        prompt_tokens: a.prompt_tokens + b.prompt_tokens,
+        completion_tokens: a.completion_tokens + b.completion_tokens,
+        cached_tokens: a.cached_tokens + b.cached_tokens,
+        reasoning_tokens: a.reasoning_tokens + b.reasoning_tokens,
+        estimated: a.estimated || b.estimated,
+    }
+}
+
+/// One token per four bytes, the rule of thumb that contract 2.1.6 names.
+fn estimate(bytes: usize) -> u64 {
+    (bytes as u64).div_ceil(4)
+}
+
+fn estimate_prompt(request: &ModelRequest) -> u64 {
+    let said: usize = request
+        .messages
+        .iter()
+        .map(|message| match message {
+            Message::System { content } | Message::Tool { content, .. } => content.len(),
+            Message::Assistant { content, .. } => content.as_ref().map_or(0, String::len),
+            Message::User { content } => content
+                .iter()
+                .map(|part| match part {
+                    Part::Text { text } => text.len(),
+                    Part::Image { .. } => 0,
+                })
+                .sum(),
+        })
+        .sum();
+    estimate(said + request.system.as_ref().map_or(0, String::len))
+}
+
+/// What is answered when a turn's task ended without a word, which only a panic in it does.
+pub fn gone() -> ApiError {
+    ApiError::Internal(anyhow::anyhow!("the turn ended without an outcome"))
+}
+
+/// The answer as server-sent events: what has been said since the last write goes out in one piece.
+pub fn frames(
+    writer: ChunkWriter,
+    first: Option<Said>,
+    mut said: mpsc::Receiver<Said>,
+) -> impl Stream<Item = Result<Bytes, std::convert::Infallible>> {
+    async_stream::stream! {
+        let mut text = String::new();
+        writer.role(&mut text);
+        let mut batch: Vec<Said> = first.into_iter().collect();
+        loop {
+            for said in batch.drain(..) {
+                match said {
+                    Said::Delta(event) => writer.delta(&mut text, &event),
+                    // Never happens: a stream is not repaired, for it cannot be taken back.
+                    Said::Restarted => {}
+                    Said::Finished { reason, usage } => {
+                        writer.finish(&mut text, reason, usage);
+                        yield Ok(Bytes::from(text));
+                        return;
+                    }
+                    Said::Failed(error) => {
+                        ChunkWriter::fail(&mut text, &error.stream_frame());
+                        yield Ok(Bytes::from(text));
+                        return;
+                    }
+                }
+            }
+            if !text.is_empty() {
+                yield Ok(Bytes::from(std::mem::take(&mut text)));
+            }
+            match tokio::time::timeout(KEEP_ALIVE, said.recv_many(&mut batch, WAITING)).await {
+                Ok(0) => {
+                    ChunkWriter::fail(&mut text, &gone().stream_frame());
+                    yield Ok(Bytes::from(text));
+                    return;
+                }
+                Ok(_) => {}
+                Err(_silent) => text.push_str(": keep-alive\n\n"),
+            }
+        }
+    }
+}

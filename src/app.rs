@@ -1,0 +1,297 @@
+//! What everybody shares, and the life of the server: start, serve, drain.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use bytes::Bytes;
+use secrecy::{ExposeSecret, SecretString};
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use uuid::Uuid;
+
+use crate::api;
+use crate::config::{Config, ConfigError};
+use crate::llm::{Credential, ProjectCredentials, Providers};
+use crate::seal::{self, Seal, SealError, sha256};
+use crate::store::{
+    Db, KeyRow, NewKey, PoolSettings, ProjectDb, Result as StoreResult, StoreError, World,
+};
+
+/// The model of an agent that names none.
+pub const DEFAULT_MODEL: &str = "echo";
+
+/// The few things that everybody shares. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct App(Arc<Shared>);
+
+/// What an [`App`] points to.
+#[derive(Debug)]
+pub struct Shared {
+    /// The settings.
+    pub config: Config,
+    /// The database.
+    pub db: Db,
+    /// The models.
+    pub providers: Providers,
+    /// The request rates.
+    pub limits: api::limit::Limits,
+    /// Turns under way: they outlive their requests, and shutdown waits for them.
+    pub turns: TaskTracker,
+    /// Trips when the server begins to stop.
+    pub stopping: CancellationToken,
+    /// Trips when the time for streams to end is over.
+    pub stop_turns: CancellationToken,
+    /// When the server started.
+    pub started: Instant,
+    /// The OpenAPI document, as it is served.
+    pub openapi: Bytes,
+    seal: Seal,
+    admin: Option<[u8; 32]>,
+}
+
+impl std::ops::Deref for App {
+    type Target = Shared;
+
+    fn deref(&self) -> &Shared {
+        &self.0
+    }
+}
+
+impl App {
+    /// Puts the program together from its settings. Reaches for nothing yet.
+    ///
+    /// # Errors
+    /// One sentence naming the setting at fault.
+    pub fn new(config: Config, providers: Providers) -> anyhow::Result<Self> {
+        let seal = Seal::new(config.master_key()?).map_err(|error| match error {
+            SealError::Malformed => anyhow::Error::new(ConfigError("POLPO_MASTER_KEY must be 64 hexadecimal digits: make one with `openssl rand -hex 32`.".to_owned())),
+            error => error.into(),
+        })?;
+        let settings = PoolSettings {
+            world_connections: config.world_connections,
+            platform_connections: config.platform_connections,
+            acquire_timeout: config.acquire_timeout(),
+        };
+        let db = Db::open(config.database_url()?, settings).map_err(|error| {
+            ConfigError(format!("DATABASE_URL is not a Postgres URL: {error}."))
+        })?;
+        let admin = config
+            .admin_token()?
+            .map(|token| sha256(token.expose_secret()));
+        let openapi = api::openapi()
+            .to_json()
+            .context("the OpenAPI document cannot be written")?;
+        Ok(Self(Arc::new(Shared {
+            limits: api::limit::Limits::new(config.rate_limit),
+            db,
+            providers,
+            turns: TaskTracker::new(),
+            stopping: CancellationToken::new(),
+            stop_turns: CancellationToken::new(),
+            started: Instant::now(),
+            openapi: openapi.into(),
+            seal,
+            admin,
+            config,
+        })))
+    }
+
+    /// Serves until `stop` resolves; then accepts nothing more, lets streams end within the drain time, and ends.
+    ///
+    /// # Errors
+    /// When the listener breaks.
+    pub async fn serve(
+        self,
+        listener: TcpListener,
+        stop: impl Future<Output = ()> + Send + 'static,
+    ) -> anyhow::Result<()> {
+        let upkeep = self.upkeep();
+        let router = api::router(self.clone());
+        let stopping = self.stopping.clone();
+        let server = axum::serve(
+            axum::serve::ListenerExt::tap_io(listener, |stream| {
+                // A token must not wait for the next one to fill a packet.
+                if let Err(error) = stream.set_nodelay(true) {
+                    tracing::debug!("a connection keeps Nagle's delay: {error}");
+                }
+            }),
+            router,
+        )
+        .with_graceful_shutdown({
+            let stopping = stopping.clone();
+            async move {
+                stop.await;
+                stopping.cancel();
+            }
+        });
+        let drained = async {
+            stopping.cancelled().await;
+            tracing::info!(
+                "stopping: streams have {} s to end",
+                self.config.drain_timeout().as_secs()
+            );
+            tokio::time::sleep(self.config.drain_timeout()).await;
+            // Whoever is still talking is recorded as interrupted.
+            self.stop_turns.cancel();
+            tokio::time::sleep(Duration::from_secs(2)).await;
+        };
+        let result = tokio::select! {
+            result = server => result.context("the server broke"),
+            () = drained => Ok(()),
+            () = upkeep => Ok(()),
+        };
+        self.stop_turns.cancel();
+        self.turns.close();
+        if tokio::time::timeout(Duration::from_secs(5), self.turns.wait())
+            .await
+            .is_err()
+        {
+            tracing::warn!("some turns could not be recorded in time");
+        }
+        if let Err(error) = self.db.record_key_use().await {
+            tracing::debug!("the last uses of keys are not recorded: {error}");
+        }
+        self.db.close().await;
+        result
+    }
+
+    /// What goes on beside the requests. Ends only by being dropped.
+    fn upkeep(&self) -> impl Future<Output = ()> + Send + 'static {
+        let app = self.clone();
+        async move {
+            let sweep = async {
+                let mut interval = tokio::time::interval(Duration::from_secs(10));
+                loop {
+                    interval.tick().await;
+                    app.limits.sweep();
+                    for done in [app.db.record_key_use().await, app.db.prune_changes().await] {
+                        if let Err(error) = done {
+                            tracing::warn!("upkeep of the database failed, trying again: {error}");
+                        }
+                    }
+                }
+            };
+            tokio::join!(app.db.follow_changes(), sweep);
+        }
+    }
+}
+
+impl Shared {
+    /// Whether this is the admin's token. Compared by hash, so the time taken tells nothing of it.
+    pub fn is_admin(&self, token: &str) -> bool {
+        self.admin
+            .is_some_and(|admin| constant_time_eq(&admin, &sha256(token)))
+    }
+
+    /// Makes a key and stores its hash; the key itself is returned and kept nowhere.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`] when there is no such project.
+    pub async fn issue_key(
+        &self,
+        project: Uuid,
+        name: &str,
+        world: World,
+    ) -> StoreResult<(KeyRow, String)> {
+        let prefix = match world {
+            World::Live => "sk_live_",
+            World::Test => "sk_test_",
+        };
+        let secret = seal::random_secret().expect("the system has random bytes");
+        let key = format!("{prefix}{secret}");
+        let shown = &key[..prefix.len() + 4];
+        let new = NewKey {
+            project,
+            name,
+            world,
+            hash: sha256(&key),
+            prefix: shown,
+            last_four: &key[key.len() - 4..],
+        };
+        let row = self.db.create_key(&new).await.map_err(|error| {
+            if error.is_constraint("api_keys_project_fkey") {
+                StoreError::NotFound
+            } else {
+                error
+            }
+        })?;
+        Ok((row, key))
+    }
+
+    /// Seals a provider's key for a project.
+    ///
+    /// # Errors
+    /// When the system has no random bytes.
+    pub fn seal_credential(
+        &self,
+        project: Uuid,
+        provider: &str,
+        key: &SecretString,
+    ) -> Result<(String, Vec<u8>), SealError> {
+        Ok((
+            self.seal.id().to_owned(),
+            self.seal.seal(&place(project, provider), key)?,
+        ))
+    }
+
+    /// The project's own provider keys, opened.
+    ///
+    /// # Errors
+    /// When the database cannot be reached, or a key was sealed under another master key.
+    pub async fn credentials(
+        &self,
+        door: &ProjectDb,
+    ) -> Result<ProjectCredentials, CredentialsError> {
+        let sealed = self.db.sealed_credentials(door).await?;
+        let mut own = ProjectCredentials::default();
+        for credential in sealed.iter() {
+            let place = place(door.project(), &credential.provider);
+            let key = self
+                .seal
+                .open(&place, &credential.sealed_key)
+                .map_err(|_| CredentialsError::Sealed {
+                    provider: credential.provider.clone(),
+                    sealed_with: credential.sealed_with.clone(),
+                })?;
+            own.insert(
+                credential.provider.clone(),
+                Credential {
+                    key,
+                    base_url: credential.base_url.clone(),
+                },
+            );
+        }
+        Ok(own)
+    }
+}
+
+/// Why a project's provider keys cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum CredentialsError {
+    /// They cannot be read.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// One was sealed under another master key.
+    #[error(
+        "the key for {provider} was sealed under master key {sealed_with}, which this server does not have"
+    )]
+    Sealed {
+        /// Whose key it is.
+        provider: String,
+        /// The master key's name.
+        sealed_with: String,
+    },
+}
+
+fn place(project: Uuid, provider: &str) -> String {
+    format!("{project}/{provider}")
+}
+
+fn constant_time_eq(a: &[u8; 32], b: &[u8; 32]) -> bool {
+    a.iter()
+        .zip(b)
+        .fold(0, |difference, (a, b)| difference | (a ^ b))
+        == 0
+}

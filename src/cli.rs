@@ -1,0 +1,304 @@
+//! The command line: one role per subcommand.
+
+use anyhow::Context;
+use clap::{Parser, Subcommand, ValueEnum};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+use uuid::Uuid;
+
+use crate::app::App;
+use crate::config::{Config, ConfigError, LogFormat};
+use crate::llm::{ClientSettings, Credential, HttpClient, KNOWN, ProjectCredentials, Providers};
+use crate::store::{MigrationState, World, migrate, migration_state};
+use crate::{api, store};
+
+/// An agent backend: one binary and one Postgres.
+#[derive(Debug, Parser)]
+#[command(version)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve the API on the Postgres that `DATABASE_URL` names.
+    Serve {
+        /// What this process does.
+        #[arg(long, value_enum, default_value_t = Role::All)]
+        role: Role,
+        #[command(flatten)]
+        config: Box<Config>,
+    },
+    /// Bring the database to this program's version.
+    Migrate {
+        #[command(flatten)]
+        config: Box<Config>,
+    },
+    /// Print the OpenAPI document.
+    Openapi,
+    /// Manage API keys.
+    #[command(subcommand)]
+    Keys(Keys),
+    /// Manage projects.
+    #[command(subcommand)]
+    Projects(Projects),
+}
+
+/// What a process does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Role {
+    /// Answer requests and do what no request waits for.
+    All,
+    /// Answer requests.
+    Api,
+}
+
+#[derive(Debug, Subcommand)]
+enum Keys {
+    /// Make a key and print it, this once.
+    Create {
+        /// The project that it opens.
+        #[arg(long)]
+        project: Uuid,
+        /// What to call it.
+        #[arg(long, default_value = "key")]
+        name: String,
+        /// Whether it opens the sandbox rather than production.
+        #[arg(long)]
+        test: bool,
+        #[command(flatten)]
+        config: Box<Config>,
+    },
+    /// List a project's keys.
+    List {
+        /// The project.
+        #[arg(long)]
+        project: Uuid,
+        #[command(flatten)]
+        config: Box<Config>,
+    },
+    /// Revoke a key.
+    Revoke {
+        /// The key's id.
+        id: Uuid,
+        #[command(flatten)]
+        config: Box<Config>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum Projects {
+    /// Make a project, and its organization unless one is named.
+    Create {
+        /// Its name.
+        name: String,
+        /// Its unique short name.
+        #[arg(long)]
+        slug: String,
+        /// The organization that owns it.
+        #[arg(long)]
+        org: Option<Uuid>,
+        #[command(flatten)]
+        config: Box<Config>,
+    },
+    /// List the projects.
+    List {
+        #[command(flatten)]
+        config: Box<Config>,
+    },
+}
+
+/// Runs the command line.
+///
+/// # Errors
+/// Whatever keeps the command from doing its work, as one sentence with its causes.
+pub fn run(cli: Cli) -> anyhow::Result<()> {
+    // Only an earlier call can make this fail, and then a provider is in place.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let runtime = tokio::runtime::Runtime::new().context("the runtime cannot start")?;
+    match cli.command {
+        Command::Openapi => {
+            println!("{}", api::openapi().to_pretty_json()?);
+            Ok(())
+        }
+        Command::Serve {
+            role: Role::All | Role::Api,
+            config,
+        } => runtime.block_on(serve(*config)),
+        Command::Migrate { config } => runtime.block_on(async {
+            migrate(config.database_url()?)
+                .await
+                .context("the database cannot be migrated")?;
+            println!("The database is at this program's version.");
+            Ok(())
+        }),
+        Command::Keys(keys) => runtime.block_on(manage_keys(keys)),
+        Command::Projects(projects) => runtime.block_on(manage_projects(projects)),
+    }
+}
+
+async fn serve(config: Config) -> anyhow::Result<()> {
+    start_log(&config)?;
+    let bind = config.bind;
+    let app = build(config)?;
+    match migration_state(&app.db)
+        .await
+        .context("DATABASE_URL names a database that cannot be reached")?
+    {
+        MigrationState::Current => {}
+        MigrationState::Behind => {
+            return Err(ConfigError(
+                "The database needs migrating: run `polpo migrate` first.".to_owned(),
+            )
+            .into());
+        }
+        MigrationState::Ahead => {
+            return Err(ConfigError(
+                "The database was migrated by a newer polpo: run that version.".to_owned(),
+            )
+            .into());
+        }
+    }
+    let listener = TcpListener::bind(bind)
+        .await
+        .with_context(|| format!("POLPO_BIND={bind} cannot be listened on"))?;
+    tracing::info!("listening on http://{}", listener.local_addr()?);
+    app.serve(listener, stop_signal()?).await
+}
+
+/// Puts the program together with the providers that the environment has keys for.
+fn build(config: Config) -> anyhow::Result<App> {
+    let settings = ClientSettings {
+        connect_timeout: std::time::Duration::from_millis(config.connect_timeout_ms),
+        idle_timeout: std::time::Duration::from_millis(config.idle_timeout_ms),
+        private_base_urls: config.private_base_urls,
+    };
+    let client = HttpClient::new(settings).context("the HTTP client cannot start")?;
+    let providers = Providers::new(client, server_credentials(), config.share_provider_keys);
+    App::new(config, providers)
+}
+
+/// The server's own provider keys, from the providers' official variables.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the providers' names and not ours decide these variables: they are a table, not fields"
+)]
+fn server_credentials() -> ProjectCredentials {
+    let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+    KNOWN
+        .iter()
+        .filter_map(|known| {
+            let base_url = variable(known.base_url_variable);
+            let key = variable(known.key_variable);
+            if key.is_none() && !known.keyless {
+                return None;
+            }
+            Some((
+                known.name.to_owned(),
+                Credential {
+                    key: key.unwrap_or_default().into(),
+                    base_url,
+                },
+            ))
+        })
+        .collect()
+}
+
+fn start_log(config: &Config) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_new(&config.log)
+        .map_err(|error| ConfigError(format!("POLPO_LOG is not a log filter: {error}.")))?;
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
+    match config.log_format {
+        LogFormat::Text => log.try_init(),
+        LogFormat::Json => log.json().flatten_event(true).try_init(),
+    }
+    .map_err(|error| anyhow::anyhow!("the log cannot start: {error}"))
+}
+
+/// Resolves at SIGTERM or Ctrl-C.
+fn stop_signal() -> anyhow::Result<impl Future<Output = ()> + Send + 'static> {
+    let mut terminate =
+        signal(SignalKind::terminate()).context("SIGTERM cannot be listened for")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT cannot be listened for")?;
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    })
+}
+
+async fn manage_keys(keys: Keys) -> anyhow::Result<()> {
+    match keys {
+        Keys::Create {
+            project,
+            name,
+            test,
+            config,
+        } => {
+            let app = build(*config)?;
+            let world = if test { World::Test } else { World::Live };
+            let (row, key) = app
+                .issue_key(project, &name, world)
+                .await
+                .context("the key cannot be made")?;
+            println!("{} {key}", row.id);
+        }
+        Keys::List { project, config } => {
+            for key in build(*config)?.db.keys(project, None, 1000).await? {
+                println!(
+                    "{} {} {}…{} {}",
+                    key.id, key.environment, key.prefix, key.last_four, key.name
+                );
+            }
+        }
+        Keys::Revoke { id, config } => {
+            build(*config)?
+                .db
+                .revoke_key(id)
+                .await
+                .with_context(|| format!("key {id} cannot be revoked"))?;
+            println!("{id} opens nothing any more, within a second on every server.");
+        }
+    }
+    Ok(())
+}
+
+async fn manage_projects(projects: Projects) -> anyhow::Result<()> {
+    match projects {
+        Projects::Create {
+            name,
+            slug,
+            org,
+            config,
+        } => {
+            let app = build(*config)?;
+            let org = match org {
+                Some(org) => org,
+                None => {
+                    app.db
+                        .create_organization(&name, &slug)
+                        .await
+                        .context("the organization cannot be made")?
+                        .id
+                }
+            };
+            let project: store::ProjectRow = app
+                .db
+                .create_project(org, &name, &slug)
+                .await
+                .context("the project cannot be made")?;
+            println!("{} {}", project.id, project.slug);
+        }
+        Projects::List { config } => {
+            for project in build(*config)?.db.projects(None, None, 1000).await? {
+                println!("{} {} {}", project.id, project.slug, project.name);
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,145 @@
+//! Settings: every knob, its default, and its environment variable.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+use secrecy::{ExposeSecret, SecretString};
+
+/// How the server runs.
+#[derive(Debug, Clone, Args)]
+pub struct Config {
+    /// The Postgres to use, as `postgres://…`. `polpo dev` brings its own.
+    #[arg(long, env = "DATABASE_URL", hide_env_values = true)]
+    pub database_url: Option<SecretString>,
+
+    /// Where to listen.
+    #[arg(long, env = "POLPO_BIND", default_value = "127.0.0.1:3890")]
+    pub bind: std::net::SocketAddr,
+
+    /// Where `polpo dev` keeps its database and keys.
+    #[arg(long, env = "POLPO_HOME", default_value = ".polpo")]
+    pub home: PathBuf,
+
+    /// Seals stored credentials: 64 hexadecimal digits. `polpo dev` makes and keeps its own.
+    #[arg(long, env = "POLPO_MASTER_KEY", hide_env_values = true)]
+    pub master_key: Option<SecretString>,
+
+    /// Opens the platform routes: at least 16 characters. `polpo dev` makes and keeps its own.
+    #[arg(long, env = "POLPO_ADMIN_TOKEN", hide_env_values = true)]
+    pub admin_token: Option<SecretString>,
+
+    /// Requests per second of one key; 0 is no limit.
+    #[arg(long, env = "POLPO_RATE_LIMIT", default_value_t = 10)]
+    pub rate_limit: u32,
+
+    /// The most database connections to each of the two worlds.
+    #[arg(long, env = "POLPO_WORLD_CONNECTIONS", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..))]
+    pub world_connections: u32,
+
+    /// The most database connections to the platform's tables.
+    #[arg(long, env = "POLPO_PLATFORM_CONNECTIONS", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..))]
+    pub platform_connections: u32,
+
+    /// How long a request waits for a database connection, in milliseconds.
+    #[arg(long, env = "POLPO_ACQUIRE_TIMEOUT_MS", default_value_t = 5_000)]
+    pub acquire_timeout_ms: u64,
+
+    /// How long to wait for a connection to a model's provider, in milliseconds.
+    #[arg(long, env = "POLPO_CONNECT_TIMEOUT_MS", default_value_t = 10_000)]
+    pub connect_timeout_ms: u64,
+
+    /// How long a model's provider may be silent, in milliseconds.
+    #[arg(long, env = "POLPO_IDLE_TIMEOUT_MS", default_value_t = 120_000)]
+    pub idle_timeout_ms: u64,
+
+    /// How long streams may go on after SIGTERM, in milliseconds.
+    #[arg(long, env = "POLPO_DRAIN_TIMEOUT_MS", default_value_t = 30_000)]
+    pub drain_timeout_ms: u64,
+
+    /// The largest request body, in bytes.
+    #[arg(long, env = "POLPO_BODY_LIMIT", default_value_t = 20 * 1024 * 1024)]
+    pub body_limit: usize,
+
+    /// Origins whose pages may call the API, separated by commas. None by default: keys belong on servers.
+    #[arg(long, env = "POLPO_CORS_ORIGINS", value_delimiter = ',')]
+    pub cors_origins: Vec<String>,
+
+    /// Whether projects without a key of their own use the server's keys for model providers.
+    #[arg(long, env = "POLPO_SHARE_PROVIDER_KEYS", default_value_t = true, action = clap::ArgAction::Set)]
+    pub share_provider_keys: bool,
+
+    /// Whether a project's own base URLs may be private or loopback addresses. `polpo dev` allows it.
+    #[arg(long, env = "POLPO_PRIVATE_BASE_URLS", default_value_t = false, action = clap::ArgAction::Set)]
+    pub private_base_urls: bool,
+
+    /// How the log is written.
+    #[arg(long, env = "POLPO_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
+    pub log_format: LogFormat,
+
+    /// What is logged, as `tracing` filters have it: `info`, `polpo=debug`, …
+    #[arg(long, env = "POLPO_LOG", default_value = "info")]
+    pub log: String,
+}
+
+/// How the log is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// For programs: a JSON object a line.
+    Json,
+}
+
+/// A setting is missing or wrong: one sentence that names it.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct ConfigError(pub String);
+
+impl Config {
+    /// The database's URL.
+    ///
+    /// # Errors
+    /// When it is not set.
+    pub fn database_url(&self) -> Result<&str, ConfigError> {
+        let url = self
+            .database_url
+            .as_ref()
+            .map(ExposeSecret::expose_secret)
+            .filter(|url| !url.is_empty());
+        url.ok_or_else(|| ConfigError("DATABASE_URL is not set: give the Postgres to use, as postgres://user:password@host/database.".to_owned()))
+    }
+
+    /// The master key.
+    ///
+    /// # Errors
+    /// When it is not set. Its form is checked where it is used.
+    pub fn master_key(&self) -> Result<&SecretString, ConfigError> {
+        self.master_key.as_ref().ok_or_else(|| {
+            ConfigError("POLPO_MASTER_KEY is not set: make one with `openssl rand -hex 32` and keep it safe.".to_owned())
+        })
+    }
+
+    /// The admin token.
+    ///
+    /// # Errors
+    /// When it is too short to be a secret.
+    pub fn admin_token(&self) -> Result<Option<&SecretString>, ConfigError> {
+        match &self.admin_token {
+            Some(token) if token.expose_secret().len() < 16 => {
+                Err(ConfigError("POLPO_ADMIN_TOKEN is shorter than 16 characters: make one with `openssl rand -hex 32`.".to_owned()))
+            }
+            token => Ok(token.as_ref()),
+        }
+    }
+
+    /// How long a request waits for a database connection.
+    pub fn acquire_timeout(&self) -> Duration {
+        Duration::from_millis(self.acquire_timeout_ms)
+    }
+
+    /// How long streams may go on after SIGTERM.
+    pub fn drain_timeout(&self) -> Duration {
+        Duration::from_millis(self.drain_timeout_ms)
+    }
+}

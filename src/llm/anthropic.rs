@@ -1,0 +1,405 @@
+//! Anthropic's Messages API, version 2023-06-01.
+
+use async_trait::async_trait;
+use futures::StreamExt;
+use secrecy::{ExposeSecret, SecretString};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+use super::http::{HttpClient, error_object};
+use super::{
+    Effort, FinishReason, Message, ModelEvent, ModelRequest, ModelStream, Part, Provider,
+    ProviderError, ToolChoice, Usage,
+};
+
+/// The API wants a limit; this is what every current model can write.
+const DEFAULT_MAX_TOKENS: u32 = 8192;
+
+/// Anthropic, or a gateway that speaks its format.
+#[derive(Debug)]
+pub(super) struct Anthropic {
+    client: HttpClient,
+    base_url: String,
+    key: SecretString,
+    guarded: bool,
+}
+
+impl Anthropic {
+    pub(super) fn new(
+        client: HttpClient,
+        base_url: String,
+        key: SecretString,
+        guarded: bool,
+    ) -> Self {
+        Self {
+            client,
+            base_url,
+            key,
+            guarded,
+        }
+    }
+}
+
+#[async_trait]
+impl Provider for Anthropic {
+    async fn stream(&self, request: ModelRequest) -> Result<ModelStream, ProviderError> {
+        let post = self
+            .client
+            .of(self.guarded)
+            .post(format!("{}/v1/messages", self.base_url))
+            .header("x-api-key", self.key.expose_secret())
+            .header("anthropic-version", "2023-06-01")
+            .json(&body(&request)?);
+        let mut events = self.client.events(post).await?.boxed();
+        let stream = async_stream::try_stream! {
+            let mut reader = Reader::default();
+            while let Some(data) = events.next().await {
+                if let Some(event) = reader.read(&data?)? {
+                    yield event;
+                }
+                if reader.stopped {
+                    break;
+                }
+            }
+            yield reader.finish()?;
+        };
+        Ok(stream.boxed())
+    }
+}
+
+fn body(request: &ModelRequest) -> Result<Value, ProviderError> {
+    let sampling = &request.sampling;
+    for (param, set) in [
+        ("seed", sampling.seed.is_some()),
+        ("presence_penalty", sampling.presence_penalty.is_some()),
+        ("frequency_penalty", sampling.frequency_penalty.is_some()),
+        ("logit_bias", sampling.logit_bias.is_some()),
+        (
+            "temperature",
+            sampling
+                .temperature
+                .is_some_and(|temperature| temperature > 1.0),
+        ),
+    ] {
+        if set {
+            return Err(ProviderError::Unsupported(param));
+        }
+    }
+    let mut body = Map::new();
+    let mut set = |key: &str, value: Value| {
+        if !value.is_null() {
+            body.insert(key.to_owned(), value);
+        }
+    };
+    let answer_tokens = sampling.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
+    let thinking = request.reasoning.and_then(thinking_tokens);
+    set("model", json!(request.model));
+    set("stream", json!(true));
+    // Thinking counts into the limit, and the limit must be above it.
+    set("max_tokens", json!(answer_tokens + thinking.unwrap_or(0)));
+    set("system", json!(request.system));
+    set("messages", messages(&request.messages)?);
+    if let Some(tokens) = thinking {
+        set(
+            "thinking",
+            json!({"type": "enabled", "budget_tokens": tokens}),
+        );
+    }
+    // While it thinks, the API takes no other temperature than its own.
+    if thinking.is_none() {
+        set("temperature", json!(sampling.temperature));
+    } else if sampling
+        .temperature
+        .is_some_and(|temperature| (temperature - 1.0).abs() > f64::EPSILON)
+    {
+        return Err(ProviderError::Unsupported("temperature"));
+    }
+    set("top_p", json!(sampling.top_p));
+    if !sampling.stop.is_empty() {
+        set("stop_sequences", json!(sampling.stop));
+    }
+    if !request.tools.is_empty() {
+        let tools = request.tools.iter().map(|tool| {
+            let mut object = json!({"name": tool.name, "input_schema": tool.parameters});
+            object["input_schema"]["type"] = json!("object");
+            if let Some(description) = &tool.description {
+                object["description"] = json!(description);
+            }
+            object
+        });
+        set("tools", tools.collect());
+        set("tool_choice", tool_choice(request));
+    }
+    Ok(Value::Object(body))
+}
+
+fn thinking_tokens(effort: Effort) -> Option<u32> {
+    match effort {
+        Effort::Off => None,
+        // The least that the API takes.
+        Effort::Minimal => Some(1024),
+        Effort::Low => Some(2048),
+        Effort::Medium => Some(8192),
+        Effort::High => Some(16384),
+        Effort::Xhigh => Some(24576),
+    }
+}
+
+fn tool_choice(request: &ModelRequest) -> Value {
+    let serial = request.parallel_tool_calls == Some(false);
+    let mut choice = match &request.tool_choice {
+        None if !serial => return Value::Null,
+        None | Some(ToolChoice::Auto) => json!({"type": "auto"}),
+        Some(ToolChoice::None) => return json!({"type": "none"}),
+        Some(ToolChoice::Required) => json!({"type": "any"}),
+        Some(ToolChoice::Named(name)) => json!({"type": "tool", "name": name}),
+    };
+    if serial {
+        choice["disable_parallel_tool_use"] = json!(true);
+    }
+    choice
+}
+
+/// The conversation in alternating turns: neighbours of one role are joined, and what tools returned is said by the user.
+fn messages(messages: &[Message]) -> Result<Value, ProviderError> {
+    let mut turns: Vec<(&'static str, Vec<Value>)> = Vec::new();
+    for message in messages {
+        let (role, blocks) = match message {
+            Message::System { content } => ("user", vec![text_block(content)]),
+            Message::User { content } => ("user", content.iter().map(part).collect()),
+            Message::Tool {
+                tool_call_id,
+                content,
+            } => (
+                "user",
+                vec![
+                    json!({"type": "tool_result", "tool_use_id": tool_call_id, "content": content}),
+                ],
+            ),
+            Message::Assistant {
+                content,
+                tool_calls,
+            } => {
+                // The API refuses empty text.
+                let text = content
+                    .iter()
+                    .filter(|text| !text.trim().is_empty())
+                    .map(|text| Ok(text_block(text)));
+                let calls = tool_calls.iter().map(|call| {
+                    let arguments = if call.arguments.trim().is_empty() { "{}" } else { &call.arguments };
+                    let input: Value = serde_json::from_str(arguments)
+                        .map_err(|_| ProviderError::Rejected(format!("the arguments of tool call `{}` are not JSON", call.id)))?;
+                    Ok(json!({"type": "tool_use", "id": call.id, "name": call.name, "input": input}))
+                });
+                (
+                    "assistant",
+                    text.chain(calls).collect::<Result<_, ProviderError>>()?,
+                )
+            }
+        };
+        match turns.last_mut() {
+            Some((last, said)) if *last == role => said.extend(blocks),
+            _ if blocks.is_empty() => {}
+            _ => turns.push((role, blocks)),
+        }
+    }
+    Ok(turns
+        .into_iter()
+        .map(|(role, content)| json!({"role": role, "content": content}))
+        .collect())
+}
+
+fn text_block(text: &str) -> Value {
+    json!({"type": "text", "text": text})
+}
+
+fn part(part: &Part) -> Value {
+    match part {
+        Part::Text { text } => text_block(text),
+        Part::Image { url } => match url
+            .strip_prefix("data:")
+            .and_then(|rest| rest.split_once(";base64,"))
+        {
+            Some((media_type, data)) => {
+                json!({"type": "image", "source": {"type": "base64", "media_type": media_type, "data": data}})
+            }
+            None => json!({"type": "image", "source": {"type": "url", "url": url}}),
+        },
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+enum Event {
+    MessageStart {
+        message: Start,
+    },
+    ContentBlockStart {
+        content_block: Block,
+    },
+    ContentBlockDelta {
+        delta: Delta,
+    },
+    MessageDelta {
+        delta: End,
+        usage: Option<EventUsage>,
+    },
+    MessageStop,
+    Error {
+        error: Value,
+    },
+    #[serde(other)]
+    Other,
+}
+
+#[derive(Deserialize)]
+struct Start {
+    usage: EventUsage,
+}
+
+#[derive(Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+enum Block {
+    ToolUse {
+        id: String,
+        name: String,
+    },
+    #[serde(other)]
+    Other,
+}
+
+#[derive(Deserialize)]
+#[serde(tag = "type")]
+enum Delta {
+    #[serde(rename = "text_delta")]
+    Text { text: String },
+    #[serde(rename = "thinking_delta")]
+    Thinking { thinking: String },
+    #[serde(rename = "input_json_delta")]
+    InputJson { partial_json: String },
+    #[serde(other)]
+    Other,
+}
+
+#[derive(Deserialize)]
+struct End {
+    stop_reason: Option<String>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct EventUsage {
+    input_tokens: Option<u64>,
+    output_tokens: Option<u64>,
+    cache_creation_input_tokens: Option<u64>,
+    cache_read_input_tokens: Option<u64>,
+}
+
+/// Reads the events of one answer. Blocks come one after the other, so a call's pieces belong to the last one begun.
+#[derive(Default)]
+struct Reader {
+    calls: usize,
+    usage: Usage,
+    uncached: u64,
+    written_to_cache: u64,
+    reason: Option<FinishReason>,
+    stopped: bool,
+}
+
+impl Reader {
+    fn read(&mut self, data: &str) -> Result<Option<ModelEvent>, ProviderError> {
+        let event: Event = serde_json::from_str(data).map_err(|error| {
+            ProviderError::Protocol(format!("an event is not of the Messages API: {error}"))
+        })?;
+        Ok(match event {
+            Event::MessageStart { message } => {
+                self.count(&message.usage);
+                None
+            }
+            Event::ContentBlockStart {
+                content_block: Block::ToolUse { id, name },
+            } => {
+                self.calls += 1;
+                Some(ModelEvent::ToolCallStarted {
+                    index: self.calls - 1,
+                    id,
+                    name,
+                })
+            }
+            Event::ContentBlockDelta { delta } => match delta {
+                Delta::Text { text } => Some(ModelEvent::Text(text)),
+                Delta::Thinking { thinking } => Some(ModelEvent::Reasoning(thinking)),
+                Delta::InputJson { partial_json } if partial_json.is_empty() => None,
+                Delta::InputJson { partial_json } => {
+                    let index = self.calls.checked_sub(1).ok_or_else(|| {
+                        ProviderError::Protocol(
+                            "a tool call's arguments came before its name".to_owned(),
+                        )
+                    })?;
+                    Some(ModelEvent::ToolCallArguments {
+                        index,
+                        piece: partial_json,
+                    })
+                }
+                Delta::Other => None,
+            },
+            Event::MessageDelta { delta, usage } => {
+                if let Some(usage) = usage {
+                    self.count(&usage);
+                }
+                if let Some(word) = delta.stop_reason {
+                    self.reason = Some(reason_of(&word));
+                }
+                None
+            }
+            Event::MessageStop => {
+                self.stopped = true;
+                None
+            }
+            Event::Error { error } => {
+                return Err(error_object(&json!({"error": error})).unwrap_or_else(|| {
+                    ProviderError::Protocol("an error without a message".to_owned())
+                }));
+            }
+            Event::ContentBlockStart {
+                content_block: Block::Other,
+            }
+            | Event::Other => None,
+        })
+    }
+
+    /// Counts are totals so far; those not named stay.
+    fn count(&mut self, usage: &EventUsage) {
+        self.uncached = usage.input_tokens.unwrap_or(self.uncached);
+        self.written_to_cache = usage
+            .cache_creation_input_tokens
+            .unwrap_or(self.written_to_cache);
+        self.usage.cached_tokens = usage
+            .cache_read_input_tokens
+            .unwrap_or(self.usage.cached_tokens);
+        self.usage.completion_tokens = usage.output_tokens.unwrap_or(self.usage.completion_tokens);
+    }
+
+    fn finish(self) -> Result<ModelEvent, ProviderError> {
+        let reason = self.reason.ok_or_else(|| {
+            ProviderError::Protocol("the stream was cut before its finish".to_owned())
+        })?;
+        let prompt_tokens = self.uncached + self.written_to_cache + self.usage.cached_tokens;
+        Ok(ModelEvent::Finished {
+            reason,
+            usage: Usage {
+                prompt_tokens,
+                ..self.usage
+            },
+        })
+    }
+}
+
+fn reason_of(word: &str) -> FinishReason {
+    match word {
+        "max_tokens" | "model_context_window_exceeded" => FinishReason::Length,
+        "tool_use" => FinishReason::ToolCalls,
+        "refusal" => FinishReason::ContentFilter,
+        _ => FinishReason::Stop,
+    }
+}

@@ -1,0 +1,369 @@
+//! How adapters reach their providers: one client, bounded waits, and failures sorted by what to do about them.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::{Stream, StreamExt};
+use rand::RngExt;
+use reqwest::dns::{Addrs, Name, Resolve, Resolving};
+use reqwest::header::{CONTENT_TYPE, RETRY_AFTER};
+use reqwest::{RequestBuilder, Response, StatusCode, Url};
+use serde_json::Value;
+
+use super::ProviderError;
+use super::sse::Decoder;
+
+/// How long requests to providers may take, and where they may go.
+#[derive(Debug, Clone, Copy)]
+pub struct ClientSettings {
+    /// How long a connection may take to be made.
+    pub connect_timeout: Duration,
+    /// How long a provider may be silent.
+    pub idle_timeout: Duration,
+    /// Whether a tenant's base URL may be a private or loopback address.
+    pub private_base_urls: bool,
+}
+
+/// The clients that all adapters share, so that connections are shared too.
+#[derive(Debug, Clone)]
+pub struct HttpClient {
+    open: reqwest::Client,
+    guarded: reqwest::Client,
+    settings: ClientSettings,
+}
+
+/// How often a request is tried before the first word of its answer.
+const ATTEMPTS: u32 = 3;
+/// How long all waits between tries may take together (design 0.1).
+const PATIENCE: Duration = Duration::from_secs(30);
+/// The most of a provider's refusal that is read.
+const REFUSAL: usize = 64 * 1024;
+
+impl HttpClient {
+    /// Makes the clients. The process must have a TLS provider installed.
+    ///
+    /// # Errors
+    /// When the system's certificates cannot be loaded.
+    pub fn new(settings: ClientSettings) -> Result<Self, reqwest::Error> {
+        let builder = || {
+            reqwest::Client::builder()
+                .connect_timeout(settings.connect_timeout)
+                .redirect(reqwest::redirect::Policy::none())
+                .tcp_nodelay(true)
+                .user_agent(concat!("polpo/", env!("CARGO_PKG_VERSION")))
+        };
+        let open = builder().build()?;
+        let guarded = if settings.private_base_urls {
+            open.clone()
+        } else {
+            // A proxy would look the name up for us, past the guard.
+            builder()
+                .no_proxy()
+                .dns_resolver(Arc::new(PublicOnly))
+                .build()?
+        };
+        Ok(Self {
+            open,
+            guarded,
+            settings,
+        })
+    }
+
+    /// The client for a base URL: guarded if a tenant chose it.
+    pub(super) fn of(&self, chosen_by_tenant: bool) -> &reqwest::Client {
+        if chosen_by_tenant {
+            &self.guarded
+        } else {
+            &self.open
+        }
+    }
+
+    /// Whether a tenant may use this base URL; a sentence why not.
+    pub(super) fn check_base_url(&self, base_url: &str) -> Result<(), String> {
+        let url =
+            Url::parse(base_url).map_err(|error| format!("`baseUrl` is not a URL: {error}."))?;
+        if !matches!(url.scheme(), "http" | "https") || url.host_str().is_none() {
+            return Err("`baseUrl` must be an http or https URL.".to_owned());
+        }
+        if !url.username().is_empty() || url.password().is_some() {
+            return Err("`baseUrl` may not hold credentials.".to_owned());
+        }
+        let literal = url
+            .host_str()
+            .and_then(|host| host.trim_matches(['[', ']']).parse::<IpAddr>().ok());
+        match literal {
+            Some(address) if !self.settings.private_base_urls && !is_public(address) => {
+                Err("`baseUrl` may not be a private address.".to_owned())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Sends a request until its answer begins well, and returns its events.
+    ///
+    /// Connection failures, 429 and 5xx are tried again; once the answer has begun, nothing is.
+    pub(super) async fn events(
+        &self,
+        request: RequestBuilder,
+    ) -> Result<impl Stream<Item = Result<String, ProviderError>> + Send + use<>, ProviderError>
+    {
+        let response = self.send(request).await?;
+        let kind = response
+            .headers()
+            .get(CONTENT_TYPE)
+            .and_then(|kind| kind.to_str().ok())
+            .unwrap_or_default();
+        if !kind.starts_with("text/event-stream") {
+            return Err(ProviderError::Protocol(format!(
+                "expected an event stream, got `{}`",
+                shortened(kind, 80)
+            )));
+        }
+        Ok(events(
+            response.bytes_stream().boxed(),
+            self.settings.idle_timeout,
+        ))
+    }
+
+    async fn send(&self, request: RequestBuilder) -> Result<Response, ProviderError> {
+        let mut patience = PATIENCE;
+        let mut attempt = 1;
+        loop {
+            let tried = request.try_clone().ok_or_else(|| {
+                ProviderError::Protocol("the request cannot be repeated".to_owned())
+            })?;
+            let error = match tokio::time::timeout(self.settings.idle_timeout, tried.send()).await {
+                Err(_) => return Err(ProviderError::Idle(self.settings.idle_timeout)),
+                Ok(Ok(response)) if response.status() == StatusCode::OK => return Ok(response),
+                Ok(Ok(response)) => refusal(response).await,
+                Ok(Err(error)) => ProviderError::Unavailable(error.without_url().into()),
+            };
+            let wait = match &error {
+                ProviderError::RateLimited {
+                    retry_after: Some(wait),
+                } => *wait,
+                _ => backoff(attempt),
+            };
+            if !error.is_transient() || attempt == ATTEMPTS || wait > patience {
+                return Err(error);
+            }
+            tokio::time::sleep(wait).await;
+            patience -= wait;
+            attempt += 1;
+        }
+    }
+}
+
+/// A quarter of a second, doubling, with full jitter, so that those who failed together do not return together.
+fn backoff(attempt: u32) -> Duration {
+    let most = 250 * (1 << attempt.min(6));
+    Duration::from_millis(rand::rng().random_range(50..=most))
+}
+
+fn events(
+    mut bytes: impl Stream<Item = reqwest::Result<Bytes>> + Send + Unpin,
+    idle: Duration,
+) -> impl Stream<Item = Result<String, ProviderError>> + Send {
+    async_stream::try_stream! {
+        let mut decoder = Decoder::default();
+        while let Some(piece) = tokio::time::timeout(idle, bytes.next()).await.map_err(|_| ProviderError::Idle(idle))? {
+            let piece = piece.map_err(|error| ProviderError::Unavailable(error.without_url().into()))?;
+            decoder.push(&piece).map_err(|error| ProviderError::Protocol(error.to_string()))?;
+            while let Some(data) = decoder.next() {
+                yield data;
+            }
+        }
+    }
+}
+
+/// What a status other than 200 means.
+async fn refusal(response: Response) -> ProviderError {
+    let status = response.status();
+    let retry_after = response
+        .headers()
+        .get(RETRY_AFTER)
+        .and_then(|value| value.to_str().ok())
+        .and_then(|value| value.trim().parse::<f64>().ok())
+        .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    match status.as_u16() {
+        401 | 403 => ProviderError::Credentials,
+        429 => ProviderError::RateLimited { retry_after },
+        408 | 500.. => ProviderError::Unavailable(format!("status {status}").into()),
+        400..=499 => rejection(&read_some(response).await),
+        _ => ProviderError::Protocol(format!("status {status}")),
+    }
+}
+
+async fn read_some(response: Response) -> Vec<u8> {
+    let mut body = Vec::new();
+    let mut pieces = response.bytes_stream();
+    let read = async {
+        while let Some(Ok(piece)) = pieces.next().await {
+            body.extend_from_slice(&piece);
+            if body.len() >= REFUSAL {
+                break;
+            }
+        }
+    };
+    // A refusal whose reason does not arrive is a refusal all the same.
+    let _ = tokio::time::timeout(Duration::from_secs(5), read).await;
+    body
+}
+
+/// Reads `{"error": {"message", "code"}}`, which all providers send in some form.
+pub(super) fn rejection(body: &[u8]) -> ProviderError {
+    let value: Value = serde_json::from_slice(body).unwrap_or_default();
+    error_object(&value).unwrap_or_else(|| ProviderError::Rejected("it gave no reason".to_owned()))
+}
+
+/// The failure that an `error` member tells of, if there is one.
+pub(super) fn error_object(value: &Value) -> Option<ProviderError> {
+    let error = value.get("error").filter(|error| !error.is_null())?;
+    let text = |key: &str| error.get(key).and_then(Value::as_str).unwrap_or_default();
+    let message = error.as_str().unwrap_or_else(|| text("message"));
+    let (code, kind) = (text("code"), text("type"));
+    let lower = message.to_ascii_lowercase();
+    let too_long = ["context_length_exceeded", "string_above_max_length"].contains(&code)
+        || [
+            "maximum context length",
+            "prompt is too long",
+            "context window",
+            "too many tokens",
+        ]
+        .iter()
+        .any(|sign| lower.contains(sign));
+    Some(match (code, kind) {
+        _ if too_long => ProviderError::ContextTooLong,
+        ("rate_limit_exceeded", _) | (_, "rate_limit_error") => {
+            ProviderError::RateLimited { retry_after: None }
+        }
+        (_, "overloaded_error" | "api_error" | "server_error") => {
+            ProviderError::Unavailable(kind.to_owned().into())
+        }
+        (_, "authentication_error" | "permission_error") => ProviderError::Credentials,
+        _ => ProviderError::Rejected(shortened(&without_secrets(message), 300)),
+    })
+}
+
+/// A provider that quotes our key back must not have it passed on.
+fn without_secrets(message: &str) -> String {
+    let words = message.split_inclusive(char::is_whitespace).map(|word| {
+        let secret = word.len() >= 16
+            && (word.contains("sk-")
+                || word.contains("key-")
+                || word.contains("AIza")
+                || word.contains('*'));
+        if secret { "[key] " } else { word }
+    });
+    words.collect()
+}
+
+fn shortened(text: &str, most: usize) -> String {
+    if text.chars().count() <= most {
+        text.to_owned()
+    } else {
+        text.chars().take(most).chain(['…']).collect()
+    }
+}
+
+/// Looks names up and keeps only addresses on the public internet, so that a tenant's base URL cannot reach inside.
+#[derive(Debug)]
+struct PublicOnly;
+
+impl Resolve for PublicOnly {
+    fn resolve(&self, name: Name) -> Resolving {
+        Box::pin(async move {
+            let found = tokio::net::lookup_host((name.as_str(), 0)).await?;
+            let public: Vec<SocketAddr> = found.filter(|address| is_public(address.ip())).collect();
+            if public.is_empty() {
+                return Err("the name has no public address".into());
+            }
+            Ok(Box::new(public.into_iter()) as Addrs)
+        })
+    }
+}
+
+/// Whether an address is on the public internet (the special ranges of RFC 6890).
+pub(super) fn is_public(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(v4) => {
+            let [a, b, c, _] = v4.octets();
+            !(v4.is_private()
+                || v4.is_loopback()
+                || v4.is_link_local()
+                || v4.is_broadcast()
+                || v4.is_documentation()
+                || v4.is_multicast()
+                || a == 0
+                || a >= 240
+                || (a == 100 && (64..128).contains(&b))
+                || (a == 192 && b == 0 && c == 0)
+                || (a == 198 && (18..20).contains(&b)))
+        }
+        IpAddr::V6(v6) => {
+            if let Some(v4) = v6.to_ipv4_mapped() {
+                return is_public(IpAddr::V4(v4));
+            }
+            // Global unicast is 2000::/3; of it, 2001::/23 is for protocols, 2002::/16 and 64:ff9b::/96 hide IPv4
+            // addresses, and 2001:db8::/32 is for documents.
+            let [first, second, ..] = v6.segments();
+            first & 0xe000 == 0x2000
+                && first != 0x2002
+                && !(first == 0x2001 && (second < 0x200 || second == 0xdb8))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn special_addresses_are_not_public() {
+        for address in [
+            "127.0.0.1",
+            "10.1.2.3",
+            "172.16.0.1",
+            "192.168.1.1",
+            "169.254.169.254",
+            "0.0.0.0",
+            "100.64.0.1",
+            "198.18.0.1",
+            "224.0.0.1",
+            "255.255.255.255",
+            "::1",
+            "::",
+            "fe80::1",
+            "fc00::1",
+            "::ffff:10.0.0.1",
+            "2002:7f00:1::",
+            "64:ff9b::7f00:1",
+            "2001:db8::1",
+            "ff02::1",
+        ] {
+            assert!(!is_public(address.parse().unwrap()), "{address}");
+        }
+        for address in [
+            "1.1.1.1",
+            "93.184.216.34",
+            "2606:4700::1111",
+            "2a00:1450::1",
+        ] {
+            assert!(is_public(address.parse().unwrap()), "{address}");
+        }
+    }
+
+    #[test]
+    fn a_rejection_tells_its_reason_but_no_key() {
+        let body = br#"{"error":{"message":"Incorrect API key provided: sk-abcdefghijklmnop. See the docs.","type":"invalid_request_error","code":null}}"#;
+        let ProviderError::Rejected(reason) = rejection(body) else {
+            panic!("not rejected")
+        };
+        assert_eq!(reason, "Incorrect API key provided: [key] See the docs.");
+        assert!(matches!(rejection(b"<html>"), ProviderError::Rejected(_)));
+        let body = br#"{"error":{"message":"This model's maximum context length is 8192 tokens.","code":"context_length_exceeded"}}"#;
+        assert!(matches!(rejection(body), ProviderError::ContextTooLong));
+    }
+}

@@ -1,0 +1,430 @@
+//! OpenAI's chat completions, and everything compatible with them.
+
+use std::collections::HashMap;
+
+use async_trait::async_trait;
+use futures::StreamExt;
+use secrecy::{ExposeSecret, SecretString};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+use super::http::{HttpClient, error_object};
+use super::{
+    Effort, FinishReason, Message, ModelEvent, ModelRequest, ModelStream, Part, Provider,
+    ProviderError, ResponseFormat, ToolChoice, Usage,
+};
+
+/// Where a compatible provider departs from OpenAI.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Dialect {
+    /// What the limit of tokens is called.
+    max_tokens: &'static str,
+    /// What the seed is called.
+    seed: &'static str,
+    /// Whether it takes a JSON schema.
+    json_schema: bool,
+    /// Whether it takes `logit_bias`.
+    logit_bias: bool,
+}
+
+impl Dialect {
+    pub(super) const OPENAI: Self = Self {
+        max_tokens: "max_completion_tokens",
+        seed: "seed",
+        json_schema: true,
+        logit_bias: true,
+    };
+    pub(super) const COMPATIBLE: Self = Self {
+        max_tokens: "max_tokens",
+        ..Self::OPENAI
+    };
+    pub(super) const MISTRAL: Self = Self {
+        seed: "random_seed",
+        logit_bias: false,
+        ..Self::COMPATIBLE
+    };
+    pub(super) const DEEPSEEK: Self = Self {
+        json_schema: false,
+        logit_bias: false,
+        ..Self::COMPATIBLE
+    };
+}
+
+/// A provider that speaks OpenAI's format.
+#[derive(Debug)]
+pub(super) struct OpenAi {
+    client: HttpClient,
+    base_url: String,
+    key: SecretString,
+    dialect: Dialect,
+    guarded: bool,
+}
+
+impl OpenAi {
+    pub(super) fn new(
+        client: HttpClient,
+        base_url: String,
+        key: SecretString,
+        dialect: Dialect,
+        guarded: bool,
+    ) -> Self {
+        Self {
+            client,
+            base_url,
+            key,
+            dialect,
+            guarded,
+        }
+    }
+}
+
+#[async_trait]
+impl Provider for OpenAi {
+    async fn stream(&self, request: ModelRequest) -> Result<ModelStream, ProviderError> {
+        let body = body(&request, self.dialect)?;
+        let prompt_bytes = body.to_string().len();
+        let mut post = self
+            .client
+            .of(self.guarded)
+            .post(format!("{}/chat/completions", self.base_url))
+            .json(&body);
+        if !self.key.expose_secret().is_empty() {
+            post = post.bearer_auth(self.key.expose_secret());
+        }
+        let mut events = self.client.events(post).await?.boxed();
+        let stream = async_stream::try_stream! {
+            let mut reader = Reader::default();
+            while let Some(data) = events.next().await {
+                let data = data?;
+                if data == "[DONE]" {
+                    break;
+                }
+                for event in reader.read(&data)? {
+                    yield event;
+                }
+            }
+            yield reader.finish(prompt_bytes)?;
+        };
+        Ok(stream.boxed())
+    }
+
+    fn supports_json_schema(&self) -> bool {
+        self.dialect.json_schema
+    }
+}
+
+fn body(request: &ModelRequest, dialect: Dialect) -> Result<Value, ProviderError> {
+    let system = request
+        .system
+        .iter()
+        .map(|text| json!({"role": "system", "content": text}));
+    let messages: Vec<Value> = system.chain(request.messages.iter().map(message)).collect();
+    let mut body = Map::new();
+    let mut set = |key: &str, value: Value| {
+        if !value.is_null() {
+            body.insert(key.to_owned(), value);
+        }
+    };
+    set("model", json!(request.model));
+    set("messages", Value::Array(messages));
+    set("stream", json!(true));
+    set("stream_options", json!({"include_usage": true}));
+    if !request.tools.is_empty() {
+        let tools = request.tools.iter().map(|tool| {
+            let mut function = json!({"name": tool.name, "parameters": tool.parameters});
+            if let Some(description) = &tool.description {
+                function["description"] = json!(description);
+            }
+            json!({"type": "function", "function": function})
+        });
+        set("tools", tools.collect());
+    }
+    set(
+        "tool_choice",
+        match &request.tool_choice {
+            None => Value::Null,
+            Some(ToolChoice::None) => json!("none"),
+            Some(ToolChoice::Auto) => json!("auto"),
+            Some(ToolChoice::Required) => json!("required"),
+            Some(ToolChoice::Named(name)) => {
+                json!({"type": "function", "function": {"name": name}})
+            }
+        },
+    );
+    set("parallel_tool_calls", json!(request.parallel_tool_calls));
+    set(
+        "response_format",
+        match &request.response_format {
+            ResponseFormat::Text => Value::Null,
+            ResponseFormat::JsonObject => json!({"type": "json_object"}),
+            ResponseFormat::JsonSchema {
+                name,
+                description,
+                schema,
+                strict,
+            } => {
+                let mut wish = json!({"name": name, "schema": schema});
+                for (key, value) in [
+                    ("description", json!(description)),
+                    ("strict", json!(strict)),
+                ] {
+                    if !value.is_null() {
+                        wish[key] = value;
+                    }
+                }
+                json!({"type": "json_schema", "json_schema": wish})
+            }
+        },
+    );
+    let sampling = &request.sampling;
+    set("temperature", json!(sampling.temperature));
+    set("top_p", json!(sampling.top_p));
+    set(dialect.max_tokens, json!(sampling.max_tokens));
+    set(dialect.seed, json!(sampling.seed));
+    set("presence_penalty", json!(sampling.presence_penalty));
+    set("frequency_penalty", json!(sampling.frequency_penalty));
+    if !sampling.stop.is_empty() {
+        set("stop", json!(sampling.stop));
+    }
+    match &sampling.logit_bias {
+        Some(_) if !dialect.logit_bias => return Err(ProviderError::Unsupported("logit_bias")),
+        bias => set("logit_bias", json!(bias)),
+    }
+    set(
+        "reasoning_effort",
+        match request.reasoning {
+            // Models that do not reason refuse the parameter; not to ask is not to think.
+            None | Some(Effort::Off) => Value::Null,
+            effort => json!(effort),
+        },
+    );
+    Ok(Value::Object(body))
+}
+
+fn message(message: &Message) -> Value {
+    match message {
+        Message::System { content } => json!({"role": "system", "content": content}),
+        Message::User { content } => match content.as_slice() {
+            [Part::Text { text }] => json!({"role": "user", "content": text}),
+            parts => json!({"role": "user", "content": parts.iter().map(part).collect::<Vec<_>>()}),
+        },
+        Message::Assistant {
+            content,
+            tool_calls,
+        } => {
+            let mut object = json!({"role": "assistant", "content": content});
+            if !tool_calls.is_empty() {
+                let calls = tool_calls.iter().map(|call| {
+                    json!({"id": call.id, "type": "function",
+                           "function": {"name": call.name, "arguments": call.arguments}})
+                });
+                object["tool_calls"] = calls.collect();
+            }
+            object
+        }
+        Message::Tool {
+            tool_call_id,
+            content,
+        } => {
+            json!({"role": "tool", "tool_call_id": tool_call_id, "content": content})
+        }
+    }
+}
+
+fn part(part: &Part) -> Value {
+    match part {
+        Part::Text { text } => json!({"type": "text", "text": text}),
+        Part::Image { url } => json!({"type": "image_url", "image_url": {"url": url}}),
+    }
+}
+
+#[derive(Deserialize)]
+struct Chunk {
+    #[serde(default)]
+    choices: Vec<Choice>,
+    usage: Option<ChunkUsage>,
+    error: Option<Value>,
+}
+
+#[derive(Deserialize)]
+struct Choice {
+    #[serde(default)]
+    delta: Delta,
+    finish_reason: Option<String>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Delta {
+    content: Option<String>,
+    reasoning_content: Option<String>,
+    reasoning: Option<String>,
+    tool_calls: Option<Vec<CallDelta>>,
+}
+
+#[derive(Deserialize)]
+struct CallDelta {
+    index: Option<usize>,
+    id: Option<String>,
+    #[serde(default)]
+    function: FunctionDelta,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct FunctionDelta {
+    name: Option<String>,
+    arguments: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct ChunkUsage {
+    #[serde(default)]
+    prompt_tokens: u64,
+    #[serde(default)]
+    completion_tokens: u64,
+    prompt_tokens_details: Option<PromptDetails>,
+    completion_tokens_details: Option<CompletionDetails>,
+}
+
+#[derive(Deserialize)]
+struct PromptDetails {
+    cached_tokens: Option<u64>,
+}
+
+#[derive(Deserialize)]
+struct CompletionDetails {
+    reasoning_tokens: Option<u64>,
+}
+
+/// Reads the chunks of one answer.
+#[derive(Default)]
+struct Reader {
+    /// Ours by the provider's index: some count from 1, or give every call the same one.
+    calls: HashMap<usize, usize>,
+    begun: usize,
+    reason: Option<FinishReason>,
+    usage: Option<Usage>,
+    said_bytes: usize,
+}
+
+impl Reader {
+    fn read(&mut self, data: &str) -> Result<Vec<ModelEvent>, ProviderError> {
+        let chunk: Chunk = serde_json::from_str(data).map_err(|error| {
+            ProviderError::Protocol(format!("a chunk is not a chat completion chunk: {error}"))
+        })?;
+        if let Some(error) = chunk.error.filter(|error| !error.is_null()) {
+            return Err(error_object(&json!({"error": error})).unwrap_or_else(|| {
+                ProviderError::Protocol("an error without a message".to_owned())
+            }));
+        }
+        if let Some(usage) = chunk.usage {
+            self.usage = Some(Usage {
+                prompt_tokens: usage.prompt_tokens,
+                completion_tokens: usage.completion_tokens,
+                cached_tokens: usage
+                    .prompt_tokens_details
+                    .and_then(|details| details.cached_tokens)
+                    .unwrap_or(0),
+                reasoning_tokens: usage
+                    .completion_tokens_details
+                    .and_then(|details| details.reasoning_tokens)
+                    .unwrap_or(0),
+                estimated: false,
+            });
+        }
+        let mut events = Vec::new();
+        for choice in chunk.choices.into_iter().take(1) {
+            let delta = choice.delta;
+            let reasoning = delta
+                .reasoning_content
+                .or(delta.reasoning)
+                .filter(|text| !text.is_empty());
+            events.extend(reasoning.map(ModelEvent::Reasoning));
+            events.extend(
+                delta
+                    .content
+                    .filter(|text| !text.is_empty())
+                    .map(ModelEvent::Text),
+            );
+            for call in delta.tool_calls.into_iter().flatten() {
+                self.read_call(call, &mut events)?;
+            }
+            if let Some(word) = choice.finish_reason {
+                self.reason = Some(reason_of(&word));
+            }
+        }
+        for event in &events {
+            self.said_bytes += match event {
+                ModelEvent::Text(text) | ModelEvent::Reasoning(text) => text.len(),
+                ModelEvent::ToolCallArguments { piece, .. } => piece.len(),
+                ModelEvent::ToolCallStarted { name, .. } => name.len(),
+                ModelEvent::Finished { .. } => 0,
+            };
+        }
+        Ok(events)
+    }
+
+    fn read_call(
+        &mut self,
+        call: CallDelta,
+        events: &mut Vec<ModelEvent>,
+    ) -> Result<(), ProviderError> {
+        let theirs = call.index.unwrap_or(self.begun.saturating_sub(1));
+        let starts = call.function.name.filter(|name| !name.is_empty());
+        // A name begins a call, unless it repeats that of the call under way.
+        let index = match (self.calls.get(&theirs), starts) {
+            (Some(index), None) => *index,
+            (Some(index), Some(_)) if call.id.as_deref().is_none_or(str::is_empty) => *index,
+            (_, Some(name)) => {
+                let index = self.begun;
+                self.begun += 1;
+                self.calls.insert(theirs, index);
+                let id = call
+                    .id
+                    .filter(|id| !id.is_empty())
+                    .unwrap_or_else(|| format!("call_{}", uuid::Uuid::now_v7().simple()));
+                events.push(ModelEvent::ToolCallStarted { index, id, name });
+                index
+            }
+            (None, None) => {
+                return Err(ProviderError::Protocol(
+                    "a tool call's arguments came before its name".to_owned(),
+                ));
+            }
+        };
+        if let Some(piece) = call.function.arguments.filter(|piece| !piece.is_empty()) {
+            events.push(ModelEvent::ToolCallArguments { index, piece });
+        }
+        Ok(())
+    }
+
+    fn finish(self, prompt_bytes: usize) -> Result<ModelEvent, ProviderError> {
+        let Some(reason) = self.reason else {
+            return Err(ProviderError::Protocol(
+                "the stream was cut before its finish".to_owned(),
+            ));
+        };
+        let reason = if self.begun > 0 && reason == FinishReason::Stop {
+            FinishReason::ToolCalls
+        } else {
+            reason
+        };
+        let usage = self.usage.unwrap_or(Usage {
+            prompt_tokens: (prompt_bytes as u64).div_ceil(4),
+            completion_tokens: (self.said_bytes as u64).div_ceil(4),
+            estimated: true,
+            ..Usage::default()
+        });
+        Ok(ModelEvent::Finished { reason, usage })
+    }
+}
+
+fn reason_of(word: &str) -> FinishReason {
+    match word {
+        "length" | "model_length" => FinishReason::Length,
+        "tool_calls" | "function_call" => FinishReason::ToolCalls,
+        "content_filter" => FinishReason::ContentFilter,
+        _ => FinishReason::Stop,
+    }
+}
