@@ -11,7 +11,7 @@ use crate::app::App;
 use crate::config::{Config, ConfigError, LogFormat};
 use crate::llm::{ClientSettings, Credential, HttpClient, KNOWN, ProjectCredentials, Providers};
 use crate::store::{MigrationState, World, migrate, migration_state};
-use crate::{api, store};
+use crate::{api, dev, store};
 
 /// An agent backend: one binary and one Postgres.
 #[derive(Debug, Parser)]
@@ -23,6 +23,11 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Start a development server with a database of its own and a first agent.
+    Dev {
+        #[command(flatten)]
+        config: Box<Config>,
+    },
     /// Serve the API on the Postgres that `DATABASE_URL` names.
     Serve {
         /// What this process does.
@@ -127,6 +132,10 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
             role: Role::All | Role::Api,
             config,
         } => runtime.block_on(serve(*config)),
+        Command::Dev { config } => runtime.block_on(async {
+            start_log(&config)?;
+            dev::run(*config, build, stop_signal()?).await
+        }),
         Command::Migrate { config } => runtime.block_on(async {
             migrate(config.database_url()?)
                 .await

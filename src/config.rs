@@ -78,7 +78,11 @@ pub struct Config {
     pub log_format: LogFormat,
 
     /// What is logged, as `tracing` filters have it: `info`, `polpo=debug`, …
-    #[arg(long, env = "POLPO_LOG", default_value = "info")]
+    #[arg(
+        long,
+        env = "POLPO_LOG",
+        default_value = "info,sqlx::postgres::notice=warn"
+    )]
     pub log: String,
 }
 

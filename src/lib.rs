@@ -9,6 +9,7 @@ pub mod api;
 pub mod app;
 pub mod cli;
 pub mod config;
+pub mod dev;
 pub mod embedded;
 pub mod ids;
 pub mod llm;
