@@ -2,9 +2,10 @@
 
 use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
 use axum::extract::{FromRequest, FromRequestParts, Request};
-use axum::http::StatusCode;
 use axum::http::request::Parts;
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -19,22 +20,70 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Json<T> {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
-        match axum::Json::from_request(request, state).await {
-            Ok(axum::Json(value)) => Ok(Self(value)),
-            Err(rejection) => Err(json_error(&rejection)),
+        if !is_json(request.headers()) {
+            return Err(ApiError::UnsupportedMediaType);
         }
+        let bytes = Bytes::from_request(request, state)
+            .await
+            .map_err(|rejection| {
+                if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE {
+                    ApiError::TooLarge
+                } else {
+                    ApiError::BadRequest {
+                        message: cause(&rejection),
+                        param: None,
+                    }
+                }
+            })?;
+        if has_nul(&bytes) {
+            let message = "Text may not hold NUL characters (\\u0000).".to_owned();
+            return Err(ApiError::BadRequest {
+                message,
+                param: None,
+            });
+        }
+        axum::Json::from_bytes(&bytes)
+            .map(|axum::Json(value)| Self(value))
+            .map_err(|rejection: JsonRejection| ApiError::BadRequest {
+                message: cause(&rejection),
+                param: None,
+            })
     }
 }
 
-fn json_error(rejection: &JsonRejection) -> ApiError {
-    match rejection {
-        JsonRejection::MissingJsonContentType(_) => ApiError::UnsupportedMediaType,
-        _ if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE => ApiError::TooLarge,
-        _ => ApiError::BadRequest {
-            message: cause(rejection),
-            param: None,
-        },
+fn is_json(headers: &HeaderMap) -> bool {
+    let kind = headers
+        .get(header::CONTENT_TYPE)
+        .and_then(|kind| kind.to_str().ok())
+        .unwrap_or_default();
+    let kind = kind
+        .split(';')
+        .next()
+        .unwrap_or_default()
+        .trim()
+        .to_ascii_lowercase();
+    kind == "application/json" || (kind.starts_with("application/") && kind.ends_with("+json"))
+}
+
+/// Whether a JSON text holds an escaped NUL, which Postgres cannot store. A backslash that is itself escaped escapes nothing.
+fn has_nul(json: &[u8]) -> bool {
+    let mut at = 0;
+    while let Some(found) = json[at..]
+        .windows(6)
+        .position(|window| window == b"\\u0000")
+    {
+        let found = at + found;
+        let backslashes = json[..found]
+            .iter()
+            .rev()
+            .take_while(|byte| **byte == b'\\')
+            .count();
+        if backslashes % 2 == 0 {
+            return true;
+        }
+        at = found + 1;
     }
+    false
 }
 
 /// The innermost cause says what is wrong and where; the outer ones say that something is.

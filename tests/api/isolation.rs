@@ -1,0 +1,183 @@
+//! Driven by the OpenAPI document: a new route is under these tests as soon as it is registered.
+
+use std::collections::HashMap;
+
+use polpo::store::World;
+use reqwest::Method;
+use serde_json::{Value, json};
+
+use crate::harness::{TestApp, answer};
+
+/// Every documented path with its methods.
+async fn routes(app: &TestApp) -> Vec<(Method, String, bool)> {
+    let document = answer(app.client.get(format!("{}/v1/openapi.json", app.url)))
+        .await
+        .1;
+    assert_eq!(
+        document["openapi"]
+            .as_str()
+            .unwrap()
+            .split('.')
+            .take(2)
+            .collect::<Vec<_>>(),
+        ["3", "1"]
+    );
+    let mut routes = Vec::new();
+    for (path, item) in document["paths"].as_object().unwrap() {
+        for (method, operation) in item.as_object().unwrap() {
+            let Ok(method) = method.to_uppercase().parse::<Method>() else {
+                continue;
+            };
+            let open = operation["security"] == json!([{}]);
+            routes.push((method, path.clone(), open));
+        }
+    }
+    assert!(routes.len() > 25, "{routes:?}");
+    routes
+}
+
+#[tokio::test]
+async fn every_route_without_a_key_is_401() {
+    let app = TestApp::start().await;
+    for (method, path, open) in routes(&app).await {
+        let path = path
+            .replace("{id}", "x")
+            .replace("{name}", "x")
+            .replace("{provider}", "x");
+        for prefix in ["", "/api"] {
+            let request = app
+                .client
+                .request(method.clone(), format!("{}{prefix}{path}", app.url))
+                .json(&json!({}));
+            let (status, _) = answer(request).await;
+            assert_eq!(
+                status,
+                if open { 200 } else { 401 },
+                "{method} {prefix}{path}"
+            );
+        }
+    }
+}
+
+#[tokio::test]
+async fn another_project_and_the_other_world_see_nothing() {
+    let app = TestApp::start().await;
+    // What is there to be seen.
+    answer(app.post(
+        "/v1/agents",
+        json!({"name": "secret-agent", "role": "hidden"}),
+    ))
+    .await;
+    answer(app.post("/v1/agents/teams", json!({"name": "secret-team"}))).await;
+    let chat = json!({"agent": "secret-agent", "user": "secret-user", "messages": [{"role": "user", "content": "secret-words"}]});
+    let session = app.chat(chat).send().await.unwrap().headers()["x-session-id"]
+        .to_str()
+        .unwrap()
+        .to_owned();
+    let agent_id = answer(app.get("/v1/agents/secret-agent")).await.1["id"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+
+    let organization = app
+        .app
+        .db
+        .create_organization("Other", "other")
+        .await
+        .unwrap();
+    let other = app
+        .app
+        .db
+        .create_project(organization.id, "Other", "other")
+        .await
+        .unwrap()
+        .id;
+    let (_, stranger) = app
+        .app
+        .issue_key(other, "stranger", World::Live)
+        .await
+        .unwrap();
+    let bodies: HashMap<&str, Value> = [
+        ("/v1/chat/sessions/{id}", json!({"title": "mine now"})),
+        ("/v1/agents/{name}", json!({"role": "mine now"})),
+        ("/v1/teams/{name}", json!({"description": "mine now"})),
+    ]
+    .into();
+    for key in [&stranger, &app.test] {
+        for (method, path, open) in routes(&app).await {
+            let platform = ["/v1/orgs", "/v1/projects", "/v1/api-keys", "/v1/byok"]
+                .iter()
+                .any(|prefix| path.starts_with(prefix));
+            if open || platform {
+                continue;
+            }
+            let names: &[&str] = match path.as_str() {
+                path if path.contains("/sessions/{id}") => &[&session],
+                path if path.contains("/teams/{name}") => &["secret-team"],
+                path if path.contains('{') => &["secret-agent", &agent_id],
+                _ => &[""],
+            };
+            for name in names {
+                let real = path.replace("{id}", name).replace("{name}", name);
+                let mut request = app
+                    .client
+                    .request(method.clone(), format!("{}{real}", app.url))
+                    .bearer_auth(key);
+                if let Some(body) = bodies.get(path.as_str()) {
+                    request = request.json(body);
+                }
+                let (status, body) = answer(request).await;
+                if path.contains('{') {
+                    assert_eq!(
+                        (status.as_u16(), body["code"].as_str()),
+                        (404, Some("not_found")),
+                        "{method} {real}: {body}"
+                    );
+                } else {
+                    assert!(
+                        !body.to_string().contains("secret"),
+                        "{method} {real}: {body}"
+                    );
+                }
+            }
+        }
+        let mut chat =
+            json!({"agent": "secret-agent", "messages": [{"role": "user", "content": "hi"}]});
+        let ask = |body: &Value| {
+            app.client
+                .post(format!("{}/v1/chat/completions", app.url))
+                .bearer_auth(key)
+                .json(body)
+        };
+        assert_eq!(answer(ask(&chat)).await.0, 404);
+        // With an agent of its own, the session is still a stranger's.
+        answer(
+            app.client
+                .post(format!("{}/v1/agents", app.url))
+                .bearer_auth(key)
+                .json(&json!({"name": "own"})),
+        )
+        .await;
+        chat["agent"] = json!("own");
+        assert_eq!(
+            answer(ask(&chat).header("x-session-id", &session)).await.0,
+            404
+        );
+    }
+    // And nothing was changed.
+    assert_eq!(
+        answer(app.get("/v1/agents/secret-agent")).await.1["role"],
+        "hidden"
+    );
+    let (_, read) = answer(app.get(&format!("/v1/chat/sessions/{session}/messages"))).await;
+    assert_eq!(read["session"]["title"], "secret-words");
+    assert_eq!(
+        answer(app.get("/v1/agents/teams"))
+            .await
+            .1
+            .as_array()
+            .unwrap()
+            .len(),
+        2
+    );
+}

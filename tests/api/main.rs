@@ -1,0 +1,12 @@
+//! The API through a real socket, against a real Postgres and a provider that plays a script.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod harness;
+
+mod agents;
+mod auth;
+mod chat;
+mod isolation;
+mod platform;
+mod providers;
+mod sessions;
