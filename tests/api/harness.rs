@@ -43,6 +43,10 @@ async fn cluster() -> &'static Cluster {
                 "while kill -0 {}; do sleep 1; done; kill -INT {server}",
                 std::process::id()
             );
+            #[expect(
+                clippy::zombie_processes,
+                reason = "it outlives us: that is its purpose"
+            )]
             Command::new("sh")
                 .args(["-c", &watch])
                 .stdin(Stdio::null())
@@ -424,7 +428,7 @@ async fn play(State(upstream): State<Upstream>, headers: HeaderMap, body: Bytes)
             Body::from_stream(pieces(said).chain(cut))
         }
         Some(Reply::Hang(said)) => {
-            let leaving = Leaving(upstream.left.clone());
+            let leaving = Leaving(upstream.left);
             let silence = futures::stream::once(async move {
                 let _leaving = leaving;
                 std::future::pending().await

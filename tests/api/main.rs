@@ -1,5 +1,9 @@
 //! The API through a real socket, against a real Postgres and a provider that plays a script.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![expect(
+    clippy::needless_pass_by_value,
+    reason = "`json!` in place reads better than a reference to it"
+)]
 
 mod harness;
 

@@ -48,19 +48,19 @@ async fn sessions_are_listed_by_activity_user_and_label() {
         listed(&app, "").await,
         [third.clone(), second.clone(), first.clone()]
     );
-    assert_eq!(listed(&app, "?user=u1").await, [first.clone()]);
+    assert_eq!(listed(&app, "?user=u1").await, [first.as_str()]);
     assert_eq!(
         listed(&app, "?metadata.plan=pro").await,
         [second.clone(), first.clone()]
     );
     assert_eq!(
         listed(&app, "?metadata.plan=pro&metadata.region=eu").await,
-        [first.clone()]
+        [first.as_str()]
     );
     assert!(listed(&app, "?user=nobody").await.is_empty());
     assert_eq!(
         listed(&app, &format!("?limit=1&after={third}")).await,
-        [second.clone()]
+        [second.as_str()]
     );
     let page = app
         .get("/v1/chat/sessions?limit=1&metadata.plan=pro")
