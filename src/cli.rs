@@ -223,7 +223,11 @@ fn start_log(config: &Config) -> anyhow::Result<()> {
         .with_writer(std::io::stderr);
     match config.log_format {
         LogFormat::Text => log.try_init(),
-        LogFormat::Json => log.json().flatten_event(true).try_init(),
+        LogFormat::Json => log
+            .json()
+            .flatten_event(true)
+            .with_span_list(false)
+            .try_init(),
     }
     .map_err(|error| anyhow::anyhow!("the log cannot start: {error}"))
 }
