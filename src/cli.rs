@@ -182,6 +182,7 @@ fn build(config: Config) -> anyhow::Result<App> {
     let settings = ClientSettings {
         connect_timeout: std::time::Duration::from_millis(config.connect_timeout_ms),
         idle_timeout: std::time::Duration::from_millis(config.idle_timeout_ms),
+        answer_timeout: std::time::Duration::from_millis(config.answer_timeout_ms),
         private_base_urls: config.private_base_urls,
     };
     let client = HttpClient::new(settings).context("the HTTP client cannot start")?;

@@ -53,6 +53,10 @@ pub struct Config {
     #[arg(long, env = "POLPO_IDLE_TIMEOUT_MS", default_value_t = 120_000)]
     pub idle_timeout_ms: u64,
 
+    /// How long a model's provider may take for an answer that is not streamed, in milliseconds.
+    #[arg(long, env = "POLPO_ANSWER_TIMEOUT_MS", default_value_t = 600_000)]
+    pub answer_timeout_ms: u64,
+
     /// How long streams may go on after SIGTERM, in milliseconds.
     #[arg(long, env = "POLPO_DRAIN_TIMEOUT_MS", default_value_t = 30_000)]
     pub drain_timeout_ms: u64,

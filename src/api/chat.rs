@@ -87,7 +87,10 @@ pub async fn create_completion(
         started_at: Utc::now(),
     };
     let head = Head::new(&turn, &agent);
-    let model_request = model_request(&agent, model, conversation, history);
+    let model_request = ModelRequest {
+        whole: !streams,
+        ..model_request(&agent, model, conversation, history)
+    };
     let repair = if streams { Repair::Never } else { Repair::Once };
     let mut said = turn::begin(&app, turn, provider, model_request, format, repair);
     let response = if streams {
@@ -260,6 +263,7 @@ fn model_request(
         response_format: conversation.response_format,
         sampling: conversation.sampling,
         reasoning: conversation.reasoning.or(own_effort),
+        whole: false,
     }
 }
 

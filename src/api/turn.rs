@@ -151,7 +151,7 @@ async fn conclude(turn: &Turn, outcome: Outcome, progress: Progress, sender: &mp
         Outcome::Left => (RunStatus::Interrupted, true),
         Outcome::Failed(_) => (RunStatus::Failed, true),
     };
-    let calls = calls(&turn.model_name, &progress);
+    let calls = calls(&turn.model_name, &progress, status);
     let usage = progress
         .steps
         .iter()
@@ -257,10 +257,12 @@ fn replace_nul(value: &mut Value) {
     }
 }
 
-fn calls(model: &str, progress: &Progress) -> Vec<CallUsage> {
+fn calls(model: &str, progress: &Progress, status: RunStatus) -> Vec<CallUsage> {
     let told = progress.steps.iter().map(|step| step.usage);
-    // The call that was cut off never told what it used.
-    let cut = (!progress.answer.is_empty()).then(|| Usage {
+    // A call that was cut off never told what it used. One whose caller left was paid for,
+    // even if the answer, asked for in one piece, was never seen.
+    let cut_off = !progress.answer.is_empty() || status == RunStatus::Interrupted;
+    let cut = cut_off.then(|| Usage {
         prompt_tokens: progress.prompt_estimate,
         completion_tokens: estimate(progress.answer.text().len()),
         estimated: true,

@@ -20,8 +20,10 @@ use super::sse::Decoder;
 pub struct ClientSettings {
     /// How long a connection may take to be made.
     pub connect_timeout: Duration,
-    /// How long a provider may be silent.
+    /// How long a provider may be silent in a stream, or before it begins.
     pub idle_timeout: Duration,
+    /// How long a provider may take for an answer in one piece, all of which is silence.
+    pub answer_timeout: Duration,
     /// Whether a tenant's base URL may be a private or loopback address.
     pub private_base_urls: bool,
 }
@@ -38,6 +40,8 @@ pub struct HttpClient {
 const ATTEMPTS: u32 = 3;
 /// How long all waits between tries may take together (design 0.1).
 const PATIENCE: Duration = Duration::from_secs(30);
+/// The longest answer in one piece.
+const ANSWER: usize = 32 * 1024 * 1024;
 /// The most of a provider's refusal that is read.
 const REFUSAL: usize = 64 * 1024;
 
@@ -109,33 +113,51 @@ impl HttpClient {
         request: RequestBuilder,
     ) -> Result<impl Stream<Item = Result<String, ProviderError>> + Send + use<>, ProviderError>
     {
-        let response = self.send(request).await?;
-        let kind = response
-            .headers()
-            .get(CONTENT_TYPE)
-            .and_then(|kind| kind.to_str().ok())
-            .unwrap_or_default();
-        if !kind.starts_with("text/event-stream") {
-            return Err(ProviderError::Protocol(format!(
-                "expected an event stream, got `{}`",
-                shortened(kind, 80)
-            )));
-        }
+        let response = self.send(request, self.settings.idle_timeout).await?;
+        expect_type(&response, "text/event-stream")?;
         Ok(events(
             response.bytes_stream().boxed(),
             self.settings.idle_timeout,
         ))
     }
 
-    async fn send(&self, request: RequestBuilder) -> Result<Response, ProviderError> {
+    /// Sends a request and returns its answer, JSON in one piece. Tried again like [`HttpClient::events`].
+    pub(super) async fn answer(&self, request: RequestBuilder) -> Result<Vec<u8>, ProviderError> {
+        let response = self.send(request, self.settings.answer_timeout).await?;
+        expect_type(&response, "application/json")?;
+        let mut pieces = response.bytes_stream();
+        let mut body = Vec::new();
+        let idle = self.settings.idle_timeout;
+        while let Some(piece) = tokio::time::timeout(idle, pieces.next())
+            .await
+            .map_err(|_| ProviderError::Idle(idle))?
+        {
+            body.extend_from_slice(
+                &piece.map_err(|error| ProviderError::Unavailable(error.without_url().into()))?,
+            );
+            if body.len() > ANSWER {
+                return Err(ProviderError::Protocol(
+                    "the answer is longer than 32 MiB".to_owned(),
+                ));
+            }
+        }
+        Ok(body)
+    }
+
+    /// Waits `silence` for the head of each try's answer.
+    async fn send(
+        &self,
+        request: RequestBuilder,
+        silence: Duration,
+    ) -> Result<Response, ProviderError> {
         let mut patience = PATIENCE;
         let mut attempt = 1;
         loop {
             let tried = request.try_clone().ok_or_else(|| {
                 ProviderError::Protocol("the request cannot be repeated".to_owned())
             })?;
-            let error = match tokio::time::timeout(self.settings.idle_timeout, tried.send()).await {
-                Err(_) => return Err(ProviderError::Idle(self.settings.idle_timeout)),
+            let error = match tokio::time::timeout(silence, tried.send()).await {
+                Err(_) => return Err(ProviderError::Idle(silence)),
                 Ok(Ok(response)) if response.status() == StatusCode::OK => return Ok(response),
                 Ok(Ok(response)) => refusal(response).await,
                 Ok(Err(error)) => ProviderError::Unavailable(error.without_url().into()),
@@ -153,6 +175,22 @@ impl HttpClient {
             patience -= wait;
             attempt += 1;
         }
+    }
+}
+
+fn expect_type(response: &Response, expected: &str) -> Result<(), ProviderError> {
+    let kind = response
+        .headers()
+        .get(CONTENT_TYPE)
+        .and_then(|kind| kind.to_str().ok())
+        .unwrap_or_default();
+    if kind.starts_with(expected) {
+        Ok(())
+    } else {
+        Err(ProviderError::Protocol(format!(
+            "expected `{expected}`, got `{}`",
+            shortened(kind, 80)
+        )))
     }
 }
 

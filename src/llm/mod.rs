@@ -64,6 +64,9 @@ pub struct ModelRequest {
     pub sampling: Sampling,
     /// How long it may think first; `None` leaves the provider's default.
     pub reasoning: Option<Effort>,
+    /// Whether the answer is of use only as a whole. An adapter may then ask for it in one piece,
+    /// which is cheaper for everybody; it yields the same events all the same.
+    pub whole: bool,
 }
 
 /// Which tool a model must call.

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use async_trait::async_trait;
 use futures::StreamExt;
+use reqwest::header::CONTENT_TYPE;
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -81,25 +82,33 @@ impl OpenAi {
 #[async_trait]
 impl Provider for OpenAi {
     async fn stream(&self, request: ModelRequest) -> Result<ModelStream, ProviderError> {
-        let body = body(&request, self.dialect)?;
-        let prompt_bytes = body.to_string().len();
+        let body = serde_json::to_vec(&body(&request, self.dialect)?).map_err(|error| {
+            ProviderError::Protocol(format!("the request cannot be written: {error}"))
+        })?;
+        let prompt_bytes = body.len();
         let mut post = self
             .client
             .of(self.guarded)
             .post(format!("{}/chat/completions", self.base_url))
-            .json(&body);
+            .header(CONTENT_TYPE, "application/json")
+            .body(body);
         if !self.key.expose_secret().is_empty() {
             post = post.bearer_auth(self.key.expose_secret());
         }
+        let mut reader = Reader::default();
+        if request.whole {
+            let mut events = reader.read(&self.client.answer(post).await?)?;
+            events.push(reader.finish(prompt_bytes)?);
+            return Ok(futures::stream::iter(events).map(Ok).boxed());
+        }
         let mut events = self.client.events(post).await?.boxed();
         let stream = async_stream::try_stream! {
-            let mut reader = Reader::default();
             while let Some(data) = events.next().await {
                 let data = data?;
                 if data == "[DONE]" {
                     break;
                 }
-                for event in reader.read(&data)? {
+                for event in reader.read(data.as_bytes())? {
                     yield event;
                 }
             }
@@ -127,8 +136,10 @@ fn body(request: &ModelRequest, dialect: Dialect) -> Result<Value, ProviderError
     };
     set("model", json!(request.model));
     set("messages", Value::Array(messages));
-    set("stream", json!(true));
-    set("stream_options", json!({"include_usage": true}));
+    if !request.whole {
+        set("stream", json!(true));
+        set("stream_options", json!({"include_usage": true}));
+    }
     if !request.tools.is_empty() {
         let tools = request.tools.iter().map(|tool| {
             let mut function = json!({"name": tool.name, "parameters": tool.parameters});
@@ -248,7 +259,8 @@ struct Chunk {
 
 #[derive(Deserialize)]
 struct Choice {
-    #[serde(default)]
+    /// In a stream it is called `delta`, in a whole answer `message`.
+    #[serde(default, alias = "message")]
     delta: Delta,
     finish_reason: Option<String>,
 }
@@ -309,9 +321,10 @@ struct Reader {
 }
 
 impl Reader {
-    fn read(&mut self, data: &str) -> Result<Vec<ModelEvent>, ProviderError> {
-        let chunk: Chunk = serde_json::from_str(data).map_err(|error| {
-            ProviderError::Protocol(format!("a chunk is not a chat completion chunk: {error}"))
+    /// Reads a chunk, or a whole answer, which is a chunk that says everything.
+    fn read(&mut self, data: &[u8]) -> Result<Vec<ModelEvent>, ProviderError> {
+        let chunk: Chunk = serde_json::from_slice(data).map_err(|error| {
+            ProviderError::Protocol(format!("it is not a chat completion: {error}"))
         })?;
         if let Some(error) = chunk.error.filter(|error| !error.is_null()) {
             return Err(error_object(&json!({"error": error})).unwrap_or_else(|| {
@@ -347,7 +360,9 @@ impl Reader {
                     .filter(|text| !text.is_empty())
                     .map(ModelEvent::Text),
             );
-            for call in delta.tool_calls.into_iter().flatten() {
+            for mut call in delta.tool_calls.into_iter().flatten() {
+                // Whole answers, and some providers' streams, number calls by their place.
+                call.index = call.index.or(call.id.is_some().then_some(self.begun));
                 self.read_call(call, &mut events)?;
             }
             if let Some(word) = choice.finish_reason {

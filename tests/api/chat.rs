@@ -431,48 +431,64 @@ async fn an_unknown_agent_is_404_in_the_shape_that_each_caller_reads() {
     assert!(native["error"].is_string());
 }
 
+/// The newest session's messages, once there are some.
+async fn newest_messages(app: &TestApp) -> Value {
+    let newest = || async {
+        let (_, list) = answer(app.get("/v1/chat/sessions?limit=1")).await;
+        list["sessions"][0]["id"].as_str().map(str::to_owned)
+    };
+    eventually("the turn is stored", || async { newest().await.is_some() }).await;
+    let path = format!("/v1/chat/sessions/{}/messages", newest().await.unwrap());
+    answer(app.get(&path)).await.1["messages"].take()
+}
+
 #[tokio::test]
-async fn a_client_that_leaves_stops_the_model_and_what_was_said_is_kept() {
+async fn a_reader_that_leaves_stops_the_model_and_what_was_said_is_kept() {
     let app = TestApp::start().await;
     app.agent("writer").await;
-    for streams in [true, false] {
-        let mut words = said("half an answer ");
-        words.truncate(4);
-        app.upstream.will(Reply::Hang(words));
-        let mut body = hello("writer");
-        body["stream"] = json!(streams);
-        let request = app.chat(body);
-        if streams {
-            let response = request.send().await.unwrap();
-            let mut pieces = response.bytes_stream();
-            let mut heard = String::new();
-            while !heard.contains("answer") {
-                heard.push_str(&String::from_utf8_lossy(
-                    &pieces.next().await.unwrap().unwrap(),
-                ));
-            }
-        } else {
-            request
-                .timeout(Duration::from_millis(300))
-                .send()
-                .await
-                .unwrap_err();
-        }
-        eventually("the upstream is left", || async { app.upstream.was_left() }).await;
-        let newest = || async {
-            answer(app.get("/v1/chat/sessions?limit=1")).await.1["sessions"][0]["id"]
-                .as_str()
-                .map(str::to_owned)
-        };
-        eventually("the turn is stored", || async { newest().await.is_some() }).await;
-        let (_, stored) = answer(app.get(&format!(
-            "/v1/chat/sessions/{}/messages",
-            newest().await.unwrap()
-        )))
-        .await;
-        assert_eq!(stored["messages"][1]["content"], "half an answer ");
-        assert_eq!(stored["messages"][1]["interrupted"], true);
+    let mut words = said("half an answer ");
+    words.truncate(4);
+    app.upstream.will(Reply::Hang(words));
+    let mut pieces = app
+        .chat(streamed(hello("writer")))
+        .send()
+        .await
+        .unwrap()
+        .bytes_stream();
+    let mut heard = String::new();
+    while !heard.contains("answer") {
+        heard.push_str(&String::from_utf8_lossy(
+            &pieces.next().await.unwrap().unwrap(),
+        ));
     }
+    let left = std::time::Instant::now();
+    drop(pieces);
+    eventually("the upstream is left", || async { app.upstream.was_left() }).await;
+    assert!(left.elapsed() < Duration::from_secs(1));
+    let messages = newest_messages(&app).await;
+    assert_eq!(messages[1]["content"], "half an answer ");
+    assert_eq!(messages[1]["interrupted"], true);
+}
+
+#[tokio::test]
+async fn a_caller_that_waits_for_a_plain_answer_may_leave_too() {
+    let app = TestApp::start().await;
+    app.agent("writer").await;
+    app.upstream.will(Reply::Hang(vec![]));
+    app.chat(hello("writer"))
+        .timeout(Duration::from_millis(300))
+        .send()
+        .await
+        .unwrap_err();
+    eventually("the upstream is left", || async { app.upstream.was_left() }).await;
+    let messages = newest_messages(&app).await;
+    assert_eq!(
+        (
+            messages.as_array().unwrap().len(),
+            messages[0]["content"].as_str()
+        ),
+        (1, Some("Hello"))
+    );
 }
 
 #[tokio::test]

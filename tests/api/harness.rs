@@ -235,6 +235,7 @@ async fn serve(
     let client = HttpClient::new(ClientSettings {
         connect_timeout: Duration::from_secs(2),
         idle_timeout: Duration::from_millis(config.idle_timeout_ms),
+        answer_timeout: Duration::from_millis(config.answer_timeout_ms),
         private_base_urls: config.private_base_urls,
     })
     .unwrap();
@@ -394,7 +395,8 @@ impl Drop for Leaving {
 }
 
 async fn play(State(upstream): State<Upstream>, headers: HeaderMap, body: Bytes) -> Response {
-    let body = serde_json::from_slice(&body).unwrap_or_default();
+    let body: Value = serde_json::from_slice(&body).unwrap_or_default();
+    let whole = body["stream"] != true;
     upstream.asked.lock().unwrap().push((headers, body));
     let reply = upstream.script.lock().unwrap().pop_front();
     let pieces = |pieces: Vec<Bytes>| {
@@ -419,6 +421,7 @@ async fn play(State(upstream): State<Upstream>, headers: HeaderMap, body: Bytes)
             }
             return response;
         }
+        Some(Reply::Stream(said)) if whole => Body::from(folded(&said)),
         Some(Reply::Stream(said)) => Body::from_stream(pieces(said)),
         Some(Reply::Cut(said)) => {
             let cut = futures::stream::once(async {
@@ -436,7 +439,69 @@ async fn play(State(upstream): State<Upstream>, headers: HeaderMap, body: Bytes)
             Body::from_stream(pieces(said).chain(silence))
         }
     };
-    ([("content-type", "text/event-stream")], body).into_response()
+    let kind = if whole {
+        "application/json"
+    } else {
+        "text/event-stream"
+    };
+    ([("content-type", kind)], body).into_response()
+}
+
+/// A stream's chunks as the answer in one piece that OpenAI gives to those who do not stream.
+fn folded(said: &[Bytes]) -> String {
+    let text = String::from_utf8(said.concat()).unwrap();
+    let mut whole = json!({"id": "chatcmpl-up", "object": "chat.completion", "created": 1, "model": "scripted"});
+    let mut choice = json!({"index": 0, "message": {"role": "assistant", "content": null}, "finish_reason": null});
+    for data in text
+        .lines()
+        .filter_map(|line| line.strip_prefix("data: "))
+        .filter(|data| *data != "[DONE]")
+    {
+        let Ok(chunk) = serde_json::from_str::<Value>(data) else {
+            return data.to_owned();
+        };
+        if chunk.get("error").is_some() {
+            return data.to_owned();
+        }
+        let delta = &chunk["choices"][0]["delta"];
+        for key in ["content", "reasoning_content", "reasoning"] {
+            if let Some(piece) = delta[key].as_str() {
+                let key = if key == "reasoning" {
+                    "reasoning_content"
+                } else {
+                    key
+                };
+                let before = choice["message"][key].as_str().unwrap_or_default();
+                choice["message"][key] = json!(format!("{before}{piece}"));
+            }
+        }
+        for call in delta["tool_calls"].as_array().into_iter().flatten() {
+            if !choice["message"]["tool_calls"].is_array() {
+                choice["message"]["tool_calls"] = json!([]);
+            }
+            let calls = choice["message"]["tool_calls"].as_array_mut().unwrap();
+            if call["id"].is_string() {
+                calls.push(
+                    json!({"id": call["id"], "type": "function", "function": call["function"]}),
+                );
+            } else {
+                let arguments = &mut calls.last_mut().unwrap()["function"]["arguments"];
+                *arguments = json!(format!(
+                    "{}{}",
+                    arguments.as_str().unwrap(),
+                    call["function"]["arguments"].as_str().unwrap()
+                ));
+            }
+        }
+        if chunk["choices"][0]["finish_reason"].is_string() {
+            choice["finish_reason"] = chunk["choices"][0]["finish_reason"].clone();
+        }
+        if chunk["usage"].is_object() {
+            whole["usage"] = chunk["usage"].clone();
+        }
+    }
+    whole["choices"] = json!([choice]);
+    whole.to_string()
 }
 
 /// A chunk of OpenAI's stream.
