@@ -22,6 +22,9 @@ use crate::store::{
 /// The model of an agent that names none.
 pub const DEFAULT_MODEL: &str = "echo";
 
+/// How long a turn that is stopped may take to say so and to be recorded.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
 /// The few things that everybody shares. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct App(Arc<Shared>);
@@ -99,49 +102,25 @@ impl App {
     }
 
     /// Serves until `stop` resolves; then accepts nothing more, lets streams end within the drain time, and ends.
-    ///
-    /// # Errors
-    /// When the listener breaks.
-    pub async fn serve(
-        self,
-        listener: TcpListener,
-        stop: impl Future<Output = ()> + Send + 'static,
-    ) -> anyhow::Result<()> {
-        let upkeep = self.upkeep();
-        let router = api::router(self.clone());
-        let stopping = self.stopping.clone();
-        let server = axum::serve(
-            axum::serve::ListenerExt::tap_io(listener, |stream| {
-                // A token must not wait for the next one to fill a packet.
-                if let Err(error) = stream.set_nodelay(true) {
-                    tracing::debug!("a connection keeps Nagle's delay: {error}");
-                }
-            }),
-            router,
-        )
-        .with_graceful_shutdown({
-            let stopping = stopping.clone();
-            async move {
-                stop.await;
-                stopping.cancel();
-            }
-        });
+    pub async fn serve(self, listener: TcpListener, stop: impl Future<Output = ()>) {
+        let server = api::server::serve(listener, api::router(self.clone()), self.stopping.clone());
         let drained = async {
-            stopping.cancelled().await;
+            stop.await;
+            self.stopping.cancel();
             tracing::info!(
                 "stopping: streams have {} s to end",
                 self.config.drain_timeout().as_secs()
             );
             tokio::time::sleep(self.config.drain_timeout()).await;
-            // Whoever is still talking is recorded as interrupted.
+            // Whoever is still talking is told so, and recorded as interrupted.
             self.stop_turns.cancel();
-            tokio::time::sleep(Duration::from_secs(2)).await;
+            tokio::time::sleep(LAST_WORDS).await;
         };
-        let result = tokio::select! {
-            result = server => result.context("the server broke"),
-            () = drained => Ok(()),
-            () = upkeep => Ok(()),
-        };
+        tokio::select! {
+            () = server => {}
+            () = drained => tracing::warn!("some connections had to be cut"),
+            () = self.upkeep() => {}
+        }
         self.stop_turns.cancel();
         self.turns.close();
         if tokio::time::timeout(Duration::from_secs(5), self.turns.wait())
@@ -154,7 +133,6 @@ impl App {
             tracing::debug!("the last uses of keys are not recorded: {error}");
         }
         self.db.close().await;
-        result
     }
 
     /// What goes on beside the requests. Ends only by being dropped.

@@ -174,7 +174,8 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         .await
         .with_context(|| format!("POLPO_BIND={bind} cannot be listened on"))?;
     tracing::info!("listening on http://{}", listener.local_addr()?);
-    app.serve(listener, stop_signal()?).await
+    app.serve(listener, stop_signal()?).await;
+    Ok(())
 }
 
 /// Puts the program together with the providers that the environment has keys for.

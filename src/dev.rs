@@ -30,7 +30,7 @@ const AGENT: &str = "assistant";
 pub async fn run(
     mut config: Config,
     build: impl FnOnce(Config) -> anyhow::Result<App>,
-    stop: impl Future<Output = ()> + Send + 'static,
+    stop: impl Future<Output = ()>,
 ) -> anyhow::Result<()> {
     let cluster = Cluster::start(&config.home, Durability::Full)
         .await
@@ -47,7 +47,7 @@ async fn serve(
     config: &mut Config,
     cluster: &Cluster,
     build: impl FnOnce(Config) -> anyhow::Result<App>,
-    stop: impl Future<Output = ()> + Send + 'static,
+    stop: impl Future<Output = ()>,
 ) -> anyhow::Result<()> {
     cluster.ensure_database("polpo")?;
     let url = cluster.url("polpo");
@@ -80,7 +80,8 @@ async fn serve(
          -d '{{\"agent\":\"{AGENT}\",\"messages\":[{{\"role\":\"user\",\"content\":\"Hello\"}}]}}'\n",
         keys.live
     );
-    app.serve(listener, stop).await
+    app.serve(listener, stop).await;
+    Ok(())
 }
 
 fn kept_master_key(home: &Path) -> anyhow::Result<SecretString> {

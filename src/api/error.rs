@@ -300,7 +300,7 @@ fn reads_nested_errors(headers: &HeaderMap) -> bool {
         .and_then(|agent| agent.to_str().ok())
         .unwrap_or_default();
     headers.contains_key("x-stainless-lang")
-        || ["OpenAI/", "ai/", "ai-sdk/", "langchainjs-openai/"]
+        || ["OpenAI/", "ai/", "ai-sdk", "langchainjs-openai/"]
             .iter()
             .any(|family| agent.starts_with(family))
 }

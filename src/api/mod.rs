@@ -30,6 +30,7 @@ pub mod limit;
 pub mod models;
 pub mod openai;
 pub mod platform;
+pub mod server;
 pub mod sessions;
 pub mod teams;
 pub mod turn;

@@ -265,8 +265,7 @@ async fn serve(
     tokio::spawn(async move {
         served
             .serve(listener, async move { stopped.cancelled().await })
-            .await
-            .unwrap()
+            .await;
     });
     (app, url, stop)
 }

@@ -129,7 +129,7 @@ for (const [what, whom, prompt, more, status, needle] of [
     await assert.rejects(generateText(request), tells);
   });
   // `streamText` calls itself `ai-sdk-openai-compatible/…`, without the `ai/…` of `generateText`.
-  test(`${what} is an error with its message, streamed`, { todo: "the server does not know this SDK by its user agent" }, async () => {
+  test(`${what} is an error with its message, streamed`, async () => {
     const errors = [];
     await streamText({ ...request, onError: ({ error }) => errors.push(error) }).consumeStream();
     assert.equal(errors.length, 1);
