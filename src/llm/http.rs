@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use chrono::{DateTime, Utc};
 use futures::{Stream, StreamExt};
 use rand::RngExt;
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
@@ -223,8 +224,7 @@ async fn refusal(response: Response) -> ProviderError {
         .headers()
         .get(RETRY_AFTER)
         .and_then(|value| value.to_str().ok())
-        .and_then(|value| value.trim().parse::<f64>().ok())
-        .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+        .and_then(|value| wait_of(value.trim(), Utc::now()));
     match status.as_u16() {
         401 | 403 => ProviderError::Credentials,
         429 => ProviderError::RateLimited { retry_after },
@@ -232,6 +232,16 @@ async fn refusal(response: Response) -> ProviderError {
         400..=499 => rejection(&read_some(response).await),
         _ => ProviderError::Protocol(format!("status {status}")),
     }
+}
+
+/// A wait as `Retry-After` gives it: in seconds, or as the date that it ends at.
+fn wait_of(value: &str, now: DateTime<Utc>) -> Option<Duration> {
+    if let Ok(seconds) = value.parse() {
+        return Duration::try_from_secs_f64(seconds).ok();
+    }
+    let end = DateTime::parse_from_rfc2822(value).ok()?;
+    // A date that has passed asks for no wait.
+    Some((end.to_utc() - now).to_std().unwrap_or_default())
 }
 
 async fn read_some(response: Response) -> Vec<u8> {
@@ -390,6 +400,23 @@ mod tests {
             "2a00:1450::1",
         ] {
             assert!(is_public(address.parse().unwrap()), "{address}");
+        }
+    }
+
+    #[test]
+    fn a_wait_is_told_in_seconds_or_as_a_date() {
+        let now = "2026-01-05T10:00:00Z".parse().unwrap();
+        for (value, expect) in [
+            ("7", Some(7_000)),
+            ("0.25", Some(250)),
+            ("Mon, 05 Jan 2026 10:00:20 GMT", Some(20_000)),
+            ("Mon, 05 Jan 2026 09:00:00 GMT", Some(0)),
+            ("-3", None),
+            ("soon", None),
+            ("", None),
+        ] {
+            let expect = expect.map(Duration::from_millis);
+            assert_eq!(wait_of(value, now), expect, "{value}");
         }
     }
 
