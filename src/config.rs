@@ -61,6 +61,10 @@ pub struct Config {
     #[arg(long, env = "POLPO_DRAIN_TIMEOUT_MS", default_value_t = 30_000)]
     pub drain_timeout_ms: u64,
 
+    /// How long a stream may be silent before a comment goes out, in milliseconds. Fixed but for tests.
+    #[arg(long, hide = true, default_value_t = 15_000)]
+    pub keep_alive_ms: u64,
+
     /// The largest request body, in bytes.
     #[arg(long, env = "POLPO_BODY_LIMIT", default_value_t = 20 * 1024 * 1024)]
     pub body_limit: usize,
@@ -141,9 +145,32 @@ impl Config {
         }
     }
 
+    /// The origins whose pages may call the API.
+    ///
+    /// # Errors
+    /// When one is not an origin: a browser sends scheme, host and port, and would never match anything else.
+    pub fn cors_origins(&self) -> Result<Vec<&str>, ConfigError> {
+        let given = self.cors_origins.iter().map(|origin| origin.trim());
+        given
+            .filter(|origin| !origin.is_empty())
+            .map(|origin| {
+                let is_one = reqwest::Url::parse(origin)
+                    .is_ok_and(|url| url.origin().ascii_serialization() == origin);
+                is_one.then_some(origin).ok_or_else(|| {
+                    ConfigError(format!("POLPO_CORS_ORIGINS holds \"{origin}\", which is not an origin such as https://app.example.com."))
+                })
+            })
+            .collect()
+    }
+
     /// How long a request waits for a database connection.
     pub fn acquire_timeout(&self) -> Duration {
         Duration::from_millis(self.acquire_timeout_ms)
+    }
+
+    /// How long a stream may be silent before a comment goes out.
+    pub fn keep_alive(&self) -> Duration {
+        Duration::from_millis(self.keep_alive_ms)
     }
 
     /// How long streams may go on after SIGTERM.

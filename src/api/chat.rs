@@ -1,6 +1,7 @@
 //! `POST /v1/chat/completions`: one turn with an agent, streamed or collected.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::State;
@@ -98,7 +99,7 @@ pub async fn create_completion(
             .stream_options
             .and_then(|options| options.include_usage)
             .unwrap_or(false);
-        stream_answer(said, &head, usage).await?
+        stream_answer(said, &head, usage, app.config.keep_alive()).await?
     } else {
         collect_answer(&mut said, &head).await?.into_response()
     };
@@ -321,8 +322,9 @@ async fn stream_answer(
     mut said: mpsc::Receiver<Said>,
     head: &Head,
     include_usage: bool,
+    keep_alive: Duration,
 ) -> Result<Response, ApiError> {
-    let first = match tokio::time::timeout(turn::KEEP_ALIVE, said.recv()).await {
+    let first = match tokio::time::timeout(keep_alive, said.recv()).await {
         Ok(Some(Said::Failed(error))) => return Err(error),
         Ok(None) => return Err(turn::gone()),
         Ok(first) => first,
@@ -335,7 +337,7 @@ async fn stream_answer(
         &head.fingerprint,
         include_usage,
     );
-    let body = Body::from_stream(turn::frames(writer, first, said));
+    let body = Body::from_stream(turn::frames(writer, first, said, keep_alive));
     let mut response = body.into_response();
     let headers = response.headers_mut();
     headers.insert(

@@ -330,9 +330,11 @@ impl ChunkWriter {
         into.push_str(self.after);
     }
 
-    /// The first chunk, which names the role.
-    pub fn role(&self, into: &mut String) {
-        self.chunk(into, r#"{"role":"assistant","content":""}"#, None);
+    /// The first chunk, which names the role. As OpenAI has it, an answer that begins with a tool call has no content.
+    pub fn role(&self, into: &mut String, calls: bool) {
+        let content = if calls { "null" } else { "\"\"" };
+        let delta = format!("{{\"role\":\"assistant\",\"content\":{content}}}");
+        self.chunk(into, &delta, None);
     }
 
     /// A piece of the answer.
@@ -389,7 +391,7 @@ mod tests {
     fn every_chunk_is_fully_formed() {
         let writer = ChunkWriter::new("chatcmpl-1", 7, "a \"quoted\" name", "fp_1", true);
         let mut text = String::new();
-        writer.role(&mut text);
+        writer.role(&mut text, false);
         writer.delta(&mut text, &ModelEvent::Text("line\n\"two\"".to_owned()));
         writer.delta(
             &mut text,

@@ -22,8 +22,6 @@ use crate::ids::{Id, Run, Session};
 use crate::llm::{FinishReason, Message, ModelEvent, ModelRequest, Part, Provider, Usage};
 use crate::store::{AgentRow, CallUsage, NewMessage, ProjectDb, RunStatus, StoreError, TurnRecord};
 
-/// How long a stream may be silent before a comment goes out.
-pub const KEEP_ALIVE: Duration = Duration::from_secs(15);
 /// How long a reader may take nothing before it counts as gone.
 const STALL: Duration = Duration::from_secs(120);
 /// Pieces that wait for a slow reader.
@@ -324,13 +322,18 @@ pub fn frames(
     writer: ChunkWriter,
     first: Option<Said>,
     mut said: mpsc::Receiver<Said>,
+    keep_alive: Duration,
 ) -> impl Stream<Item = Result<Bytes, std::convert::Infallible>> {
     async_stream::stream! {
         let mut text = String::new();
-        writer.role(&mut text);
+        let mut begun = false;
         let mut batch: Vec<Said> = first.into_iter().collect();
         loop {
             for said in batch.drain(..) {
+                if !begun && matches!(said, Said::Delta(_) | Said::Finished { .. }) {
+                    begun = true;
+                    writer.role(&mut text, matches!(said, Said::Delta(ModelEvent::ToolCallStarted { .. })));
+                }
                 match said {
                     Said::Delta(event) => writer.delta(&mut text, &event),
                     // Never happens: a stream is not repaired, for it cannot be taken back.
@@ -350,7 +353,7 @@ pub fn frames(
             if !text.is_empty() {
                 yield Ok(Bytes::from(std::mem::take(&mut text)));
             }
-            match tokio::time::timeout(KEEP_ALIVE, said.recv_many(&mut batch, WAITING)).await {
+            match tokio::time::timeout(keep_alive, said.recv_many(&mut batch, WAITING)).await {
                 Ok(0) => {
                     ChunkWriter::fail(&mut text, &gone().stream_frame());
                     yield Ok(Bytes::from(text));

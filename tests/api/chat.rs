@@ -211,6 +211,10 @@ async fn client_tools_go_out_in_pieces_and_their_results_come_back() {
         .unwrap()
         .to_owned();
     let frames = frames(&response.text().await.unwrap());
+    assert_eq!(
+        frames[0]["choices"][0]["delta"],
+        json!({"role": "assistant", "content": null})
+    );
     let calls: Vec<&Value> = frames
         .iter()
         .filter_map(|frame| frame["choices"][0]["delta"]["tool_calls"].get(0))

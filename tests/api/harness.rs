@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -78,8 +78,17 @@ async fn cluster() -> &'static Cluster {
         .await
 }
 
-/// A new, migrated, empty database.
+/// A new, migrated database without a row.
 pub(crate) async fn database() -> String {
+    copy_of("test_template").await
+}
+
+/// A new database with nothing in it.
+pub(crate) async fn empty_database() -> String {
+    copy_of("template1").await
+}
+
+async fn copy_of(template: &str) -> String {
     let cluster = cluster().await;
     let name = format!("test_{}", DATABASES.fetch_add(1, Ordering::Relaxed));
     let mut admin = PgConnection::connect(&cluster.url("postgres"))
@@ -87,7 +96,7 @@ pub(crate) async fn database() -> String {
         .unwrap();
     admin
         .execute(sqlx::AssertSqlSafe(format!(
-            "create database {name} template test_template"
+            "create database {name} template {template}"
         )))
         .await
         .unwrap();
@@ -322,6 +331,8 @@ pub(crate) enum Reply {
     Hang(Vec<Bytes>),
     /// The same, then the connection is cut.
     Cut(Vec<Bytes>),
+    /// A stream of this many times these bytes.
+    Flood(usize, Bytes),
     /// A plain answer.
     Plain(u16, Vec<(&'static str, &'static str)>, String),
 }
@@ -333,16 +344,18 @@ pub(crate) struct Upstream {
     script: Arc<Mutex<VecDeque<Reply>>>,
     asked: Arc<Mutex<Vec<(HeaderMap, Value)>>>,
     left: Arc<AtomicBool>,
+    flooded: Arc<AtomicUsize>,
 }
 
 impl Upstream {
-    async fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let upstream = Self {
             url: format!("http://{}", listener.local_addr().unwrap()),
             script: Arc::default(),
             asked: Arc::default(),
             left: Arc::default(),
+            flooded: Arc::default(),
         };
         let router = Router::new().fallback(play).with_state(upstream.clone());
         tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
@@ -376,6 +389,11 @@ impl Upstream {
             .iter()
             .map(|(headers, _)| headers.clone())
             .collect()
+    }
+
+    /// How many bytes of a flood were taken so far.
+    pub(crate) fn flooded(&self) -> usize {
+        self.flooded.load(Ordering::SeqCst)
     }
 
     /// Whether a caller left before its answer ended, since this was last asked.
@@ -422,6 +440,13 @@ async fn play(State(upstream): State<Upstream>, headers: HeaderMap, body: Bytes)
         }
         Some(Reply::Stream(said)) if whole => Body::from(folded(&said)),
         Some(Reply::Stream(said)) => Body::from_stream(pieces(said)),
+        Some(Reply::Flood(times, piece)) => {
+            let flooded = upstream.flooded;
+            Body::from_stream(futures::stream::iter(0..times).map(move |_| {
+                flooded.fetch_add(piece.len(), Ordering::SeqCst);
+                Ok::<_, std::io::Error>(piece.clone())
+            }))
+        }
         Some(Reply::Cut(said)) => {
             let cut = futures::stream::once(async {
                 tokio::time::sleep(Duration::from_millis(50)).await;

@@ -14,3 +14,4 @@ mod isolation;
 mod platform;
 mod providers;
 mod sessions;
+mod streams;
