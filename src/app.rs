@@ -83,6 +83,7 @@ impl App {
         let admin = config
             .admin_token()?
             .map(|token| sha256(token.expose_secret()));
+        config.cors_origins()?;
         let openapi = api::openapi()
             .to_json()
             .context("the OpenAPI document cannot be written")?;

@@ -1,7 +1,11 @@
 //! The command line: one role per subcommand.
 
+use std::error::Error;
+use std::io::IsTerminal;
+
 use anyhow::Context;
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::error::{ContextKind, ContextValue};
+use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
@@ -19,6 +23,49 @@ use crate::{api, dev, store};
 pub struct Cli {
     #[command(subcommand)]
     command: Command,
+}
+
+impl Cli {
+    /// Reads the command line and the environment. Help and a malformed command line end the process here.
+    ///
+    /// # Errors
+    /// One sentence naming the environment variable that cannot be read.
+    pub fn read() -> anyhow::Result<Self> {
+        Self::try_parse().map_err(|error| match unreadable_variable(&error) {
+            Some(error) => error.into(),
+            None => error.exit(),
+        })
+    }
+}
+
+/// clap names the flag of a wrong value, which whoever set its variable has never seen.
+fn unreadable_variable(error: &clap::Error) -> Option<ConfigError> {
+    let text = |kind| match error.get(kind) {
+        Some(ContextValue::String(text)) => Some(text.as_str()),
+        _ => None,
+    };
+    let flag = text(ContextKind::InvalidArg)?.strip_prefix("--")?;
+    let value = text(ContextKind::InvalidValue)?;
+    let serve = Cli::command();
+    let variable = serve
+        .find_subcommand("serve")?
+        .get_arguments()
+        .find(|argument| argument.get_long() == flag.split(' ').next())?
+        .get_env()?;
+    if std::env::var_os(variable).is_none_or(|set| set != value) {
+        return None;
+    }
+    let reason = match (error.get(ContextKind::ValidValue), error.source()) {
+        (Some(ContextValue::Strings(valid)), _) => {
+            format!("it must be one of {}", valid.join(", "))
+        }
+        (_, Some(source)) => source.to_string(),
+        (_, None) => "it is malformed".to_owned(),
+    };
+    Some(ConfigError(format!(
+        "{}={value} cannot be used: {reason}.",
+        variable.display()
+    )))
 }
 
 #[derive(Debug, Subcommand)]
@@ -139,7 +186,7 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Migrate { config } => runtime.block_on(async {
             migrate(config.database_url()?)
                 .await
-                .context("the database cannot be migrated")?;
+                .context("DATABASE_URL names a database that cannot be migrated")?;
             println!("The database is at this program's version.");
             Ok(())
         }),
@@ -222,6 +269,8 @@ fn start_log(config: &Config) -> anyhow::Result<()> {
         .map_err(|error| ConfigError(format!("POLPO_LOG is not a log filter: {error}.")))?;
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
+        // Colours are for people: in a file they hide the words between them.
+        .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr);
     match config.log_format {
         LogFormat::Text => log.try_init(),

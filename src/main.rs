@@ -2,11 +2,8 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
-
 fn main() -> ExitCode {
-    let cli = polpo::cli::Cli::parse();
-    match polpo::cli::run(cli) {
+    match polpo::cli::Cli::read().and_then(polpo::cli::run) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("polpo: {error:#}");

@@ -38,7 +38,10 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("store", &["ids"]),
     ("embedded", &["seal"]),
     ("agent", &["llm", "ids"]),
-    ("api", &["app", "agent", "llm", "store", "ids", "seal"]),
+    (
+        "api",
+        &["app", "config", "agent", "llm", "store", "ids", "seal"],
+    ),
     ("app", &["api", "config", "llm", "store", "seal"]),
 ];
 

@@ -17,6 +17,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::app::App;
+use crate::config::Config;
 use error::ApiError;
 
 pub mod agents;
@@ -184,26 +185,31 @@ pub fn router(app: App) -> Router {
                 "This path does not exist. The API is under /v1, see /v1/openapi.json.".to_owned(),
             )
         })
-        .method_not_allowed_fallback(|| async { ApiError::MethodNotAllowed })
-        .layer(DefaultBodyLimit::max(app.config.body_limit))
+        .method_not_allowed_fallback(|| async { ApiError::MethodNotAllowed });
+    with_layers(router, &app.config).with_state(app)
+}
+
+/// What every answer goes through, from the inside out.
+fn with_layers<S: Clone + Send + Sync + 'static>(router: Router<S>, config: &Config) -> Router<S> {
+    let router = router
+        .layer(DefaultBodyLimit::max(config.body_limit))
+        // Inside the others, so that the 500 is shaped, logged and readable from a page like any answer.
+        .layer(CatchPanicLayer::custom(answer_panic))
         .layer(middleware::from_fn(error::shape_for_sdks));
-    let router = match cors(&app.config.cors_origins) {
+    let router = match cors(&config.cors_origins().unwrap_or_default()) {
         Some(cors) => router.layer(cors),
         None => router,
     };
-    router
-        // Inside the log, so that a panic is logged as the 500 it is answered with.
-        .layer(CatchPanicLayer::custom(
-            |panic: Box<dyn std::any::Any + Send>| {
-                let message = panic.downcast_ref::<String>().map(String::as_str);
-                let message = message
-                    .or_else(|| panic.downcast_ref::<&str>().copied())
-                    .unwrap_or("no message");
-                ApiError::Internal(anyhow::anyhow!("a handler panicked: {message}")).into_response()
-            },
-        ))
-        .layer(middleware::from_fn(log_request))
-        .with_state(app)
+    router.layer(middleware::from_fn(log_request))
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "the layer hands it over")]
+fn answer_panic(panic: Box<dyn std::any::Any + Send>) -> Response {
+    let message = panic.downcast_ref::<String>().map(String::as_str);
+    let message = message
+        .or_else(|| panic.downcast_ref::<&str>().copied())
+        .unwrap_or("no message");
+    ApiError::Internal(anyhow::anyhow!("a handler panicked: {message}")).into_response()
 }
 
 async fn serve_openapi(State(app): State<App>) -> Response {
@@ -217,7 +223,7 @@ async fn serve_openapi(State(app): State<App>) -> Response {
         .into_response()
 }
 
-fn cors(origins: &[String]) -> Option<CorsLayer> {
+fn cors(origins: &[&str]) -> Option<CorsLayer> {
     let origins: Vec<HeaderValue> = origins
         .iter()
         .filter_map(|origin| origin.parse().ok())
@@ -294,5 +300,61 @@ fn nul_in(uri: &axum::http::Uri) -> Option<ApiError> {
         })
     } else {
         None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::body::{Body, to_bytes};
+    use axum::http::StatusCode;
+    use clap::Parser;
+    use tower::ServiceExt;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Arguments {
+        #[command(flatten)]
+        config: Config,
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_a_500_with_an_id_and_the_next_request_is_answered() {
+        let arguments = ["polpo", "--cors-origins", "https://app.example.com"];
+        let config = Arguments::parse_from(arguments).config;
+        let routes = Router::new()
+            .route(
+                "/v1/models",
+                get(|| async { panic!("no {}", "reason") as &str }),
+            )
+            .route("/well", get(|| async { "well" }));
+        let router = with_layers::<()>(routes, &config);
+        let ask = |path: &str, agent: &str| {
+            let request = Request::get(path)
+                .header("user-agent", agent.to_owned())
+                .header("origin", "https://app.example.com")
+                .body(Body::empty())
+                .unwrap();
+            router.clone().oneshot(request)
+        };
+        for (agent, message) in [("curl/8", "/error"), ("OpenAI/Python 2", "/error/message")] {
+            let response = ask("/v1/models", agent).await.unwrap();
+            assert_eq!(response.status(), StatusCode::INTERNAL_SERVER_ERROR);
+            let id = response.headers()["x-request-id"].to_str().unwrap();
+            assert!(id.starts_with("req_"), "{id}");
+            assert!(
+                response
+                    .headers()
+                    .contains_key("access-control-allow-origin")
+            );
+            let body = to_bytes(response.into_body(), 1000).await.unwrap();
+            let body: serde_json::Value = serde_json::from_slice(&body).unwrap();
+            assert_eq!(body["code"], "internal_error");
+            assert_eq!(body.pointer(message).unwrap(), "Internal server error");
+        }
+        assert_eq!(
+            ask("/well", "curl/8").await.unwrap().status(),
+            StatusCode::OK
+        );
     }
 }

@@ -14,12 +14,38 @@ static WORLD: Migrator = sqlx::migrate!("migrations/world");
 /// Held while migrating, so that processes that start together take turns. Any fixed number would do.
 const LOCK: i64 = 0x706f_6c70_6f00;
 
+/// Why the database was not migrated.
+#[derive(Debug, thiserror::Error)]
+pub enum MigrationError {
+    /// An older program must not touch a newer database.
+    #[error("it was migrated by a newer polpo: run that version")]
+    Ahead,
+    /// It cannot be reached, or refuses.
+    // No `#[source]`: its words hold its causes already.
+    #[error("{0}")]
+    Failed(MigrateError),
+}
+
+impl From<MigrateError> for MigrationError {
+    fn from(error: MigrateError) -> Self {
+        match error {
+            MigrateError::VersionMissing(_) => Self::Ahead,
+            error => Self::Failed(error),
+        }
+    }
+}
+
+impl From<sqlx::Error> for MigrationError {
+    fn from(error: sqlx::Error) -> Self {
+        Self::Failed(error.into())
+    }
+}
+
 /// Applies what is missing to all three schemas. Safe to run from several processes at once.
 ///
 /// # Errors
-/// When the database cannot be reached, or is ahead of this program
-/// ([`MigrateError::VersionMissing`]): an older program must not touch a newer database.
-pub async fn migrate(url: &str) -> Result<(), MigrateError> {
+/// [`MigrationError`].
+pub async fn migrate(url: &str) -> Result<(), MigrationError> {
     let mut connection = PgConnectOptions::from_str(url)?.connect().await?;
     sqlx::query("select pg_advisory_lock($1)")
         .bind(LOCK)

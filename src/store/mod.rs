@@ -27,7 +27,7 @@ mod warm;
 pub use agents::{AgentRow, NewAgent};
 pub use credentials::{CredentialRow, SealedCredential};
 pub use keys::{KeyHash, KeyRow, NewKey};
-pub use migrate::{MigrationState, migrate, migration_state};
+pub use migrate::{MigrationError, MigrationState, migrate, migration_state};
 pub use organizations::OrganizationRow;
 pub use projects::{ProjectRow, ProjectStatus};
 pub use sessions::{MessageRow, NewMessage, SessionFilter, SessionRow};

@@ -9,9 +9,11 @@ mod harness;
 
 mod agents;
 mod auth;
+mod browsers;
 mod chat;
 mod isolation;
 mod platform;
+mod processes;
 mod providers;
 mod sessions;
 mod streams;
