@@ -231,3 +231,45 @@ impl Db {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(project_id: Uuid) -> Arc<KeyRow> {
+        Arc::new(KeyRow {
+            id: Uuid::now_v7(),
+            project_id,
+            name: String::new(),
+            environment: "live".to_owned(),
+            prefix: String::new(),
+            last_four: String::new(),
+            created_at: chrono::Utc::now(),
+            last_used_at: None,
+        })
+    }
+
+    #[test]
+    fn what_is_known_is_believed_only_while_changes_are_heard_of() {
+        let warm = Warm::default();
+        warm.keep_key(warm.generation(), [1; 32], key(Uuid::now_v7()));
+        assert!(warm.key(&[1; 32]).is_none(), "nothing was heard yet");
+        for (age, believed) in [(Duration::ZERO, true), (POLL, true), (TRUST, false)] {
+            warm.entries.write().unwrap().confirmed = Instant::now().checked_sub(age);
+            assert_eq!(warm.key(&[1; 32]).is_some(), believed, "{age:?}");
+        }
+    }
+
+    #[test]
+    fn what_was_read_before_a_change_is_not_kept_after_it() {
+        let warm = Warm::default();
+        warm.entries.write().unwrap().confirmed = Some(Instant::now());
+        let project = Uuid::now_v7();
+        let before = warm.generation();
+        warm.forget(project);
+        warm.keep_key(before, [1; 32], key(project));
+        assert!(warm.key(&[1; 32]).is_none());
+        warm.keep_key(warm.generation(), [1; 32], key(project));
+        assert!(warm.key(&[1; 32]).is_some());
+    }
+}

@@ -2,6 +2,7 @@ use std::time::Duration;
 
 use reqwest::Method;
 use serde_json::json;
+use sqlx::{Connection, Executor, PgConnection};
 
 use crate::harness::{ADMIN, TestApp, answer, eventually};
 
@@ -137,6 +138,29 @@ async fn a_revoked_key_is_refused_at_once_here_and_within_a_second_elsewhere() {
         "{:?}",
         revoked.elapsed()
     );
+}
+
+#[tokio::test]
+async fn a_process_that_cannot_hear_of_changes_trusts_nothing_it_knows() {
+    let app = TestApp::start().await;
+    let agents = || async { answer(app.get("/v1/agents")).await.0.as_u16() };
+    assert_eq!(agents().await, 200);
+    // From here on no process hears of the revocation; they can only stop believing themselves.
+    let mut database = PgConnection::connect(&app.database_url).await.unwrap();
+    database
+        .execute("alter table platform.changes rename to lost; delete from platform.api_keys where environment = 'live'")
+        .await
+        .unwrap();
+    let revoked = std::time::Instant::now();
+    eventually("the key is refused", || async { agents().await == 401 }).await;
+    assert!(
+        revoked.elapsed() < Duration::from_secs(1),
+        "{:?}",
+        revoked.elapsed()
+    );
+    // Whoever may come in is still let in, from the database.
+    let sandbox = app.client.get(format!("{}/v1/agents", app.url));
+    assert_eq!(answer(sandbox.bearer_auth(&app.test)).await.0, 200);
 }
 
 #[tokio::test]

@@ -223,3 +223,34 @@ async fn a_session_deleted_under_a_turn_ends_it_in_an_error() {
     let frames = crate::harness::frames(&turn.text().await.unwrap());
     assert_eq!(frames.last().unwrap()["error"]["code"], "not_found");
 }
+
+#[tokio::test]
+async fn a_filter_that_no_stored_text_can_match_is_refused() {
+    let app = start().await;
+    for query in [
+        "user=%00",
+        "user=a%00b",
+        "metadata.k=%00",
+        "metadata.%00=k",
+        "after=%00",
+    ] {
+        let (status, body) = answer(app.get(&format!("/v1/chat/sessions?{query}"))).await;
+        assert_eq!(
+            (status.as_u16(), body["code"].as_str()),
+            (400, Some("bad_request")),
+            "{query}"
+        );
+    }
+    for path in [
+        "/v1/chat/sessions/%00/messages",
+        "/v1/agents/a%00b",
+        "/v1/models/%00",
+    ] {
+        assert_eq!(answer(app.get(path)).await.0, 404, "{path}");
+    }
+    let import = json!({"title": "x\u{0}", "messages": []});
+    assert_eq!(
+        answer(app.post("/v1/chat/sessions/import", import)).await.0,
+        400
+    );
+}
