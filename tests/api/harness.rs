@@ -22,7 +22,7 @@ use reqwest::{Method, RequestBuilder, StatusCode};
 use serde_json::{Value, json};
 use sqlx::{Connection, Executor, PgConnection};
 use tokio::net::TcpListener;
-use tokio::sync::OnceCell;
+use tokio::sync::{Notify, OnceCell};
 use tokio_util::sync::CancellationToken;
 
 pub(crate) const ADMIN: &str = "an-admin-token-for-tests";
@@ -329,6 +329,8 @@ pub(crate) enum Reply {
     Stream(Vec<Bytes>),
     /// The same, then silence.
     Hang(Vec<Bytes>),
+    /// The same, then silence until this is notified, then these.
+    Pause(Vec<Bytes>, Arc<Notify>, Vec<Bytes>),
     /// The same, then the connection is cut.
     Cut(Vec<Bytes>),
     /// A stream of this many times these bytes.
@@ -349,7 +351,11 @@ pub(crate) struct Upstream {
 
 impl Upstream {
     pub(crate) async fn start() -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        Self::on(TcpListener::bind("127.0.0.1:0").await.unwrap())
+    }
+
+    /// One that listens there.
+    pub(crate) fn on(listener: TcpListener) -> Self {
         let upstream = Self {
             url: format!("http://{}", listener.local_addr().unwrap()),
             script: Arc::default(),
@@ -446,6 +452,13 @@ async fn play(State(upstream): State<Upstream>, headers: HeaderMap, body: Bytes)
                 flooded.fetch_add(piece.len(), Ordering::SeqCst);
                 Ok::<_, std::io::Error>(piece.clone())
             }))
+        }
+        Some(Reply::Pause(before, notify, after)) => {
+            let pause = futures::stream::once(async move {
+                notify.notified().await;
+                Ok(Bytes::new())
+            });
+            Body::from_stream(pieces(before).chain(pause).chain(pieces(after)))
         }
         Some(Reply::Cut(said)) => {
             let cut = futures::stream::once(async {

@@ -1,10 +1,13 @@
 //! What becomes of a provider's trouble, and how Anthropic's format is spoken.
 
+use std::time::Duration;
+
 use axum::body::Bytes;
 use reqwest::Method;
 use serde_json::{Value, json};
+use tokio::net::TcpSocket;
 
-use crate::harness::{Reply, TestApp, answer, chunk, ending, frames, said, spoken};
+use crate::harness::{Reply, TestApp, Upstream, answer, chunk, ending, frames, said, spoken};
 
 fn hello(streams: bool) -> Value {
     json!({"agent": "a", "stream": streams, "messages": [{"role": "user", "content": "Hello"}]})
@@ -518,4 +521,120 @@ async fn anthropics_trouble_is_sorted_too() {
             reason
         );
     }
+}
+
+#[tokio::test]
+async fn a_wish_that_anthropic_has_no_setting_for_goes_into_the_prompt() {
+    let app = TestApp::start().await;
+    let agent = json!({"name": "a", "model": "anthropic:claude-x"});
+    assert_eq!(answer(app.post("/v1/agents", agent)).await.0, 201);
+    let says = |text: &str| {
+        Reply::Stream(vec![
+            event(
+                "message_start",
+                json!({"message": {"usage": {"input_tokens": 1, "output_tokens": 1}}}),
+            ),
+            event(
+                "content_block_delta",
+                json!({"index": 0, "delta": {"type": "text_delta", "text": text}}),
+            ),
+            event(
+                "message_delta",
+                json!({"delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": 2}}),
+            ),
+            event("message_stop", json!({})),
+        ])
+    };
+    let schema =
+        json!({"type": "object", "required": ["city"], "properties": {"city": {"const": "Turin"}}});
+    let mut body = hello(false);
+    body["response_format"] =
+        json!({"type": "json_schema", "json_schema": {"name": "city", "schema": schema}});
+    app.upstream.will(says("{\"city\": \"Rome\"}"));
+    app.upstream.will(says("{\"city\": \"Turin\"}"));
+    let (status, answered) = answer(app.chat(body)).await;
+    assert_eq!(status, 200, "{answered}");
+    let said = answered["choices"][0]["message"]["content"].as_str();
+    assert_eq!(said, Some("{\"city\": \"Turin\"}"));
+
+    let asked = app.upstream.asked();
+    assert_eq!(asked.len(), 2);
+    for request in &asked {
+        assert!(request.get("response_format").is_none());
+        let system = request["system"].as_str().unwrap();
+        assert!(
+            system.starts_with("You are a.") && system.contains(&schema.to_string()),
+            "{system}"
+        );
+    }
+    let messages = asked[1]["messages"].as_array().unwrap();
+    assert_eq!(messages[1]["role"], "assistant");
+    assert!(messages[2].to_string().contains("/city"), "{}", messages[2]);
+
+    let mut body = hello(false);
+    body["response_format"] = json!({"type": "json_object"});
+    app.upstream.will(says("{}"));
+    assert_eq!(answer(app.chat(body)).await.0, 200);
+    let system = app.upstream.asked()[2]["system"].clone();
+    assert!(system.as_str().unwrap().contains("one JSON object"));
+}
+
+/// An address whose connections are refused until the socket listens.
+fn deaf_socket() -> (TcpSocket, String) {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let address = socket.local_addr().unwrap().to_string();
+    (socket, address)
+}
+
+async fn agent_at(app: &TestApp, address: &str) {
+    let byok = json!({"projectId": app.project, "provider": "mine", "key": "k", "baseUrl": format!("http://{address}/v1")});
+    let (status, body) = answer(app.admin(Method::POST, "/v1/byok").json(&byok)).await;
+    assert!(status.is_success(), "{body}");
+    let agent = json!({"name": "a", "model": "mine:model"});
+    assert_eq!(answer(app.post("/v1/agents", agent)).await.0, 201);
+}
+
+#[tokio::test]
+async fn a_refused_connection_is_tried_again_and_then_told() {
+    let app = TestApp::start().await;
+    let (socket, address) = deaf_socket();
+    agent_at(&app, &address).await;
+    let (status, body) = answer(app.chat(hello(true))).await;
+    assert_eq!(
+        (status.as_u16(), body["code"].as_str()),
+        (502, Some("provider_error"))
+    );
+
+    let listens = async {
+        // The first try comes sooner and the second no sooner than 50 ms after it.
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        let upstream = Upstream::on(socket.listen(8).unwrap());
+        upstream.will_say("just woke up");
+    };
+    let ((status, body), ()) = tokio::join!(answer(app.chat(hello(false))), listens);
+    assert_eq!(status, 200, "{body}");
+}
+
+#[tokio::test]
+async fn a_connection_that_ends_before_an_answer_is_tried_again() {
+    let app = TestApp::start().await;
+    let (socket, address) = deaf_socket();
+    agent_at(&app, &address).await;
+    let listener = socket.listen(8).unwrap();
+    let hangs_up_twice = async {
+        for _ in 0..2 {
+            drop(listener.accept().await.unwrap());
+        }
+        Upstream::on(listener).will_say("third time lucky");
+    };
+    let ((status, body), ()) = tokio::join!(answer(app.chat(hello(false))), hangs_up_twice);
+    assert_eq!(
+        (
+            status.as_u16(),
+            body["choices"][0]["message"]["content"].as_str()
+        ),
+        (200, Some("third time lucky")),
+        "{body}"
+    );
 }
