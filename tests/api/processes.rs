@@ -1,17 +1,22 @@
 //! The program itself: its settings, its log, and how several of it share a database.
 
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use polpo::store::migrate;
 use reqwest::StatusCode;
 use serde_json::{Value, json};
 use sqlx::{Connection, Executor, PgConnection};
 use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::process::{Child, Command};
 
-use crate::harness::{ADMIN, Reply, Upstream, answer, database, empty_database, eventually};
+use crate::harness::{
+    ADMIN, Reply, Upstream, answer, database, empty_database, eventually, frames, spoken,
+};
 
 const MASTER_KEY: &str = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff";
 
@@ -230,12 +235,16 @@ impl Process {
                     .collect::<String>(),
             )
         };
-        eventually("it listens", || async {
-            self.log().contains("listening on http://")
-                || self.out().contains("curl http://")
-                || self.log().contains("polpo: ")
-        })
-        .await;
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while !self.log().contains("listening on http://") && !self.out().contains("curl http://") {
+            let ended = self.child.try_wait().unwrap();
+            assert!(
+                ended.is_none() && Instant::now() < deadline,
+                "{ended:?}: {}",
+                self.log()
+            );
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
         let address = found(&self.log(), "listening on http://")
             .or_else(|| found(&self.out(), "Polpo is at http://"));
         format!(
@@ -374,5 +383,185 @@ async fn the_log_holds_neither_secrets_nor_what_is_said() {
             assert_eq!(told.len(), 2, "one line a request:\n{log}");
         }
         known_key = Some(key);
+    }
+}
+
+#[tokio::test]
+async fn sigterm_lets_streams_end_and_ends_those_that_do_not() {
+    let url = database().await;
+    let upstream = Upstream::start().await;
+    let others = [
+        ("POLPO_DRAIN_TIMEOUT_MS", "1000"),
+        ("POLPO_PRIVATE_BASE_URLS", "true"),
+    ];
+    let mut process = Process::start("serve", &settings(&url, &others));
+    let at = process.url().await;
+    let key = furnish(&at, &upstream, "k").await;
+    let client = reqwest::Client::new();
+    let begin = async |reply| {
+        upstream.will(reply);
+        let body =
+            json!({"agent": "a", "stream": true, "messages": [{"role": "user", "content": "Go"}]});
+        let request = client
+            .post(format!("{at}/v1/chat/completions"))
+            .bearer_auth(&key)
+            .json(&body);
+        let mut response = request.send().await.unwrap();
+        let begun = response.chunk().await.unwrap().unwrap();
+        (begun, response)
+    };
+    let words = crate::harness::said("to the end");
+    let notify = Arc::new(tokio::sync::Notify::new());
+    let (before, after) = words.split_at(2);
+    let (short_begun, short) = begin(Reply::Pause(
+        before.to_vec(),
+        notify.clone(),
+        after.to_vec(),
+    ))
+    .await;
+    let (stuck_begun, stuck) = begin(Reply::Hang(before.to_vec())).await;
+
+    process.signal("-TERM");
+    let address = at.strip_prefix("http://").unwrap();
+    eventually("nothing more is accepted", || async {
+        TcpStream::connect(address).await.is_err()
+    })
+    .await;
+    notify.notify_one();
+    let short = [short_begun, short.bytes().await.unwrap()].concat();
+    let short = frames(std::str::from_utf8(&short).unwrap());
+    assert_eq!(spoken(&short), "to the end");
+    assert_eq!(short.last().unwrap()["choices"][0]["finish_reason"], "stop");
+    let stuck = [stuck_begun, stuck.bytes().await.unwrap()].concat();
+    let stuck = frames(std::str::from_utf8(&stuck).unwrap());
+    assert_eq!(spoken(&stuck), "to ");
+    assert_eq!(stuck.last().unwrap()["error"]["code"], "internal_error");
+    assert!(process.child.wait().await.unwrap().success());
+
+    let mut database = PgConnection::connect(&url).await.unwrap();
+    let said: Vec<(String, bool)> = sqlx::query_as(
+        "select body ->> 'content', interrupted from production.messages where body ->> 'role' = 'assistant' order by interrupted",
+    )
+    .fetch_all(&mut database)
+    .await
+    .unwrap();
+    assert_eq!(
+        said,
+        [("to the end".to_owned(), false), ("to ".to_owned(), true)]
+    );
+}
+
+/// A home of a development server, removed with its cluster whatever becomes of the test.
+struct Home(PathBuf);
+
+impl Home {
+    fn new(name: &str) -> Self {
+        let home = Self(Path::new(env!("CARGO_TARGET_TMPDIR")).join(name));
+        home.remove();
+        home
+    }
+
+    fn read(&self, name: &str) -> String {
+        std::fs::read_to_string(self.0.join(name)).unwrap()
+    }
+
+    fn remove(&self) {
+        let elsewhere = std::fs::read_to_string(self.0.join("postgres.path"));
+        let cluster = elsewhere.map_or_else(|_| self.0.join("postgres"), |path| path.trim().into());
+        let pid = std::fs::read_to_string(cluster.join("data/postmaster.pid")).unwrap_or_default();
+        if let Some(pid) = pid.lines().next() {
+            let _ = std::process::Command::new("kill")
+                .args(["-QUIT", pid])
+                .status();
+        }
+        let _ = std::fs::remove_dir_all(cluster);
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+impl Drop for Home {
+    fn drop(&mut self) {
+        self.remove();
+    }
+}
+
+fn shell(script: &str) -> String {
+    let output = std::process::Command::new("sh")
+        .args(["-euc", script])
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "{script}\n{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[tokio::test]
+async fn a_development_server_finds_everything_in_place_after_a_stop_and_after_a_kill() {
+    let home = Home::new("development");
+    let path = home.0.to_str().unwrap().to_owned();
+    let mut bind = "127.0.0.1:0".to_owned();
+    let mut kept: Option<(String, String)> = None;
+    let client = reqwest::Client::new();
+    for (round, end) in ["-TERM", "-KILL", "-INT"].into_iter().enumerate() {
+        let mut process = Process::start("dev", &[("POLPO_HOME", &path), ("POLPO_BIND", &bind)]);
+        let at = process.url().await;
+        at.strip_prefix("http://").unwrap().clone_into(&mut bind);
+        let now = (home.read("dev.env"), home.read("master.key"));
+        assert!(
+            kept.as_ref().is_none_or(|before| *before == now),
+            "start {round}"
+        );
+        kept = Some(now);
+        for name in ["dev.env", "master.key"] {
+            let mode = std::fs::metadata(home.0.join(name))
+                .unwrap()
+                .permissions()
+                .mode();
+            assert_eq!(mode & 0o777, 0o600, "{name}");
+        }
+
+        let sourced = shell(&format!(
+            "set -a; . '{path}/dev.env'; set +a; sh -c 'echo $POLPO_URL $POLPO_API_KEY $POLPO_TEST_API_KEY $POLPO_ADMIN_TOKEN'"
+        ));
+        let [url, live, test, admin] = sourced.split_whitespace().collect::<Vec<_>>()[..] else {
+            panic!("{sourced}")
+        };
+        assert_eq!(url, format!("{at}/v1"));
+        for key in [live, test] {
+            let agent = answer(
+                client
+                    .get(format!("{url}/agents/assistant"))
+                    .bearer_auth(key),
+            )
+            .await;
+            assert_eq!((agent.0.as_u16(), &agent.1["model"]), (200, &json!("echo")));
+        }
+        let (_, projects) = answer(client.get(format!("{url}/orgs")).bearer_auth(admin)).await;
+        assert_eq!(projects.as_array().unwrap().len(), 1, "{projects}");
+
+        let out = process.out();
+        let pasted = out
+            .lines()
+            .find(|line| line.trim_start().starts_with("curl "))
+            .unwrap();
+        let answered: Value = serde_json::from_str(&shell(&format!("{pasted} -sS"))).unwrap();
+        let content = answered["choices"][0]["message"]["content"]
+            .as_str()
+            .unwrap();
+        assert!(content.starts_with("You said: Hello"), "{content}");
+        let (_, listed) =
+            answer(client.get(format!("{url}/chat/sessions")).bearer_auth(live)).await;
+        assert_eq!(
+            listed["sessions"].as_array().unwrap().len(),
+            round + 1,
+            "{listed}"
+        );
+
+        process.signal(end);
+        let status = process.child.wait().await.unwrap();
+        assert_eq!(status.success(), end != "-KILL");
     }
 }
