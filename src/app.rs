@@ -25,6 +25,17 @@ pub const DEFAULT_MODEL: &str = "echo";
 /// How long a turn that is stopped may take to say so and to be recorded.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
+/// What a process does. Several processes on one database share the work in any mixture.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Role {
+    /// Answer requests and do what no request waits for.
+    All,
+    /// Answer requests only. Some other process must be `all` or `worker`.
+    Api,
+    /// Do what no request waits for, and answer health checks only.
+    Worker,
+}
+
 /// The few things that everybody shares. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct App(Arc<Shared>);
@@ -103,8 +114,12 @@ impl App {
     }
 
     /// Serves until `stop` resolves; then accepts nothing more, lets streams end within the drain time, and ends.
-    pub async fn serve(self, listener: TcpListener, stop: impl Future<Output = ()>) {
-        let server = api::server::serve(listener, api::router(self.clone()), self.stopping.clone());
+    pub async fn serve(self, role: Role, listener: TcpListener, stop: impl Future<Output = ()>) {
+        let router = match role {
+            Role::All | Role::Api => api::router(self.clone()),
+            Role::Worker => api::health_router(self.clone()),
+        };
+        let server = api::server::serve(listener, router, self.stopping.clone());
         let drained = async {
             stop.await;
             self.stopping.cancel();
@@ -120,7 +135,7 @@ impl App {
         tokio::select! {
             () = server => {}
             () = drained => tracing::warn!("some connections had to be cut"),
-            () = self.upkeep() => {}
+            () = self.upkeep(role) => {}
         }
         self.stop_turns.cancel();
         self.turns.close();
@@ -137,7 +152,7 @@ impl App {
     }
 
     /// What goes on beside the requests. Ends only by being dropped.
-    fn upkeep(&self) -> impl Future<Output = ()> + Send + 'static {
+    fn upkeep(&self, role: Role) -> impl Future<Output = ()> + Send + 'static {
         let app = self.clone();
         async move {
             let sweep = async {
@@ -145,10 +160,15 @@ impl App {
                 loop {
                     interval.tick().await;
                     app.limits.sweep();
-                    for done in [app.db.record_key_use().await, app.db.prune_changes().await] {
-                        if let Err(error) = done {
-                            tracing::warn!("upkeep of the database failed, trying again: {error}");
+                    let done = async {
+                        app.db.record_key_use().await?;
+                        if role != Role::Api {
+                            app.db.prune_changes().await?;
                         }
+                        StoreResult::Ok(())
+                    };
+                    if let Err(error) = done.await {
+                        tracing::warn!("upkeep of the database failed, trying again: {error}");
                     }
                 }
             };

@@ -2,17 +2,19 @@
 
 use std::error::Error;
 use std::io::IsTerminal;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
 
 use anyhow::Context;
 use clap::error::{ContextKind, ContextValue};
-use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
+use clap::{CommandFactory, Parser, Subcommand};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 use uuid::Uuid;
 
-use crate::app::App;
-use crate::config::{Config, ConfigError, LogFormat};
+use crate::app::{App, Role};
+use crate::config::{BIND, Config, ConfigError, LogFormat};
 use crate::llm::{ClientSettings, Credential, HttpClient, KNOWN, ProjectCredentials, Providers};
 use crate::store::{MigrationState, World, migrate, migration_state};
 use crate::{api, dev, store};
@@ -88,6 +90,12 @@ enum Command {
         #[command(flatten)]
         config: Box<Config>,
     },
+    /// Ask the server on this machine whether it can work.
+    Health {
+        /// Where it listens.
+        #[arg(long, env = "POLPO_BIND", default_value = BIND)]
+        bind: SocketAddr,
+    },
     /// Print the OpenAPI document.
     Openapi,
     /// Manage API keys.
@@ -98,14 +106,8 @@ enum Command {
     Projects(Projects),
 }
 
-/// What a process does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Role {
-    /// Answer requests and do what no request waits for.
-    All,
-    /// Answer requests.
-    Api,
-}
+/// How long a server may take to say whether it is ready: longer than it waits for a database connection.
+const HEALTH_TIMEOUT: Duration = Duration::from_secs(8);
 
 #[derive(Debug, Subcommand)]
 enum Keys {
@@ -175,10 +177,8 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
             println!("{}", api::openapi().to_pretty_json()?);
             Ok(())
         }
-        Command::Serve {
-            role: Role::All | Role::Api,
-            config,
-        } => runtime.block_on(serve(*config)),
+        Command::Health { bind } => runtime.block_on(health(bind)),
+        Command::Serve { role, config } => runtime.block_on(serve(role, *config)),
         Command::Dev { config } => runtime.block_on(async {
             start_log(&config)?;
             dev::run(*config, build, stop_signal()?).await
@@ -195,7 +195,7 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
     }
 }
 
-async fn serve(config: Config) -> anyhow::Result<()> {
+async fn serve(role: Role, config: Config) -> anyhow::Result<()> {
     start_log(&config)?;
     let bind = config.bind;
     let app = build(config)?;
@@ -221,16 +221,46 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         .await
         .with_context(|| format!("POLPO_BIND={bind} cannot be listened on"))?;
     tracing::info!("listening on http://{}", listener.local_addr()?);
-    app.serve(listener, stop_signal()?).await;
+    app.serve(role, listener, stop_signal()?).await;
     Ok(())
+}
+
+/// Succeeds when the server at `bind` is ready. Needs no other setting, so that a container can ask.
+async fn health(bind: SocketAddr) -> anyhow::Result<()> {
+    // A server that listens everywhere listens here too.
+    let address = match bind.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+        ip => ip,
+    };
+    let url = format!("http://{}/ready", SocketAddr::new(address, bind.port()));
+    let answer = reqwest::Client::builder()
+        .no_proxy()
+        .timeout(HEALTH_TIMEOUT)
+        .build()
+        .context("the HTTP client cannot start")?
+        .get(&url)
+        .send()
+        .await
+        .map_err(reqwest::Error::without_url)
+        .with_context(|| format!("no server answers at {url}"))?;
+    let code = answer.status();
+    if code == reqwest::StatusCode::OK {
+        return Ok(());
+    }
+    let said: serde_json::Value = answer.json().await.unwrap_or_default();
+    let status = said["status"].as_str().unwrap_or("it is no polpo");
+    Err(anyhow::anyhow!(
+        "the server at {url} is not ready ({code}): {status}"
+    ))
 }
 
 /// Puts the program together with the providers that the environment has keys for.
 fn build(config: Config) -> anyhow::Result<App> {
     let settings = ClientSettings {
-        connect_timeout: std::time::Duration::from_millis(config.connect_timeout_ms),
-        idle_timeout: std::time::Duration::from_millis(config.idle_timeout_ms),
-        answer_timeout: std::time::Duration::from_millis(config.answer_timeout_ms),
+        connect_timeout: Duration::from_millis(config.connect_timeout_ms),
+        idle_timeout: Duration::from_millis(config.idle_timeout_ms),
+        answer_timeout: Duration::from_millis(config.answer_timeout_ms),
         private_base_urls: config.private_base_urls,
     };
     let client = HttpClient::new(settings).context("the HTTP client cannot start")?;

@@ -6,6 +6,9 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use secrecy::{ExposeSecret, SecretString};
 
+/// Where the server listens unless it is told otherwise.
+pub const BIND: &str = "127.0.0.1:3890";
+
 /// How the server runs.
 #[derive(Debug, Clone, Args)]
 pub struct Config {
@@ -14,7 +17,7 @@ pub struct Config {
     pub database_url: Option<SecretString>,
 
     /// Where to listen.
-    #[arg(long, env = "POLPO_BIND", default_value = "127.0.0.1:3890")]
+    #[arg(long, env = "POLPO_BIND", default_value = BIND)]
     pub bind: std::net::SocketAddr,
 
     /// Where `polpo dev` keeps its database and keys.

@@ -12,7 +12,7 @@ use serde_json::{Map, json};
 use tokio::net::TcpListener;
 use uuid::Uuid;
 
-use crate::app::App;
+use crate::app::{App, Role};
 use crate::config::Config;
 use crate::embedded::{Cluster, Durability};
 use crate::seal::{new_master_key, random_secret, sha256};
@@ -80,7 +80,7 @@ async fn serve(
          -d '{{\"agent\":\"{AGENT}\",\"messages\":[{{\"role\":\"user\",\"content\":\"Hello\"}}]}}'\n",
         keys.live
     );
-    app.serve(listener, stop).await;
+    app.serve(Role::All, listener, stop).await;
     Ok(())
 }
 
@@ -123,6 +123,7 @@ struct Settings {
 
 #[derive(Debug)]
 struct Keys {
+    project: Uuid,
     live: String,
     test: String,
 }
@@ -157,11 +158,13 @@ impl Settings {
             .admin_token
             .as_ref()
             .map_or("", |token| token.expose_secret());
+        let project = keys.project.to_string();
         let wanted = [
             ("POLPO_URL", base_url),
             ("POLPO_API_KEY", &keys.live),
             ("POLPO_TEST_API_KEY", &keys.test),
             ("POLPO_ADMIN_TOKEN", admin),
+            ("POLPO_PROJECT_ID", project.as_str()),
         ];
         if wanted
             .iter()
@@ -184,14 +187,16 @@ impl Settings {
         ) else {
             return Ok(None);
         };
+        let mut projects = Vec::new();
         for (world, key) in [(World::Live, live), (World::Test, test)] {
             match app.db.authenticate(world, sha256(key)).await {
-                Ok(_) => {}
+                Ok((_, door)) => projects.push(door.project()),
                 Err(StoreError::NotFound) => return Ok(None),
                 Err(error) => return Err(error.into()),
             }
         }
         Ok(Some(Keys {
+            project: projects[0],
             live: live.clone(),
             test: test.clone(),
         }))
@@ -222,7 +227,11 @@ impl Settings {
             keys.push(key);
         }
         let [live, test] = <[String; 2]>::try_from(keys).expect("there are two worlds");
-        Ok(Keys { live, test })
+        Ok(Keys {
+            project,
+            live,
+            test,
+        })
     }
 }
 

@@ -212,6 +212,22 @@ fn answer_panic(panic: Box<dyn std::any::Any + Send>) -> Response {
     ApiError::Internal(anyhow::anyhow!("a handler panicked: {message}")).into_response()
 }
 
+/// What a process answers that takes no requests: whether it is alive and can work.
+pub fn health_router(app: App) -> Router {
+    Router::new()
+        .route("/health", get(health::health))
+        .route("/v1/health", get(health::health))
+        .route("/ready", get(health::ready))
+        .fallback(|| async {
+            ApiError::NotFound(
+                "This process is a worker: ask one that serves with `--role all` or `api`."
+                    .to_owned(),
+            )
+        })
+        .layer(middleware::from_fn(log_request))
+        .with_state(app)
+}
+
 async fn serve_openapi(State(app): State<App>) -> Response {
     (
         [(

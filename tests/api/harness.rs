@@ -13,7 +13,7 @@ use axum::http::HeaderMap;
 use axum::response::{IntoResponse, Response};
 use clap::Parser;
 use futures::StreamExt;
-use polpo::app::App;
+use polpo::app::{App, Role};
 use polpo::config::Config;
 use polpo::embedded::{Cluster, Durability};
 use polpo::llm::{ClientSettings, Credential, HttpClient, ProjectCredentials, Providers};
@@ -273,7 +273,11 @@ async fn serve(
     let served = app.clone();
     tokio::spawn(async move {
         served
-            .serve(listener, async move { stopped.cancelled().await })
+            .serve(
+                Role::All,
+                listener,
+                async move { stopped.cancelled().await },
+            )
             .await;
     });
     (app, url, stop)

@@ -20,11 +20,11 @@ use crate::harness::{
 
 const MASTER_KEY: &str = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff";
 
-/// The program with these settings and no others.
+/// The program with these arguments and settings and no others.
 fn polpo(role: &str, settings: &[(&str, &str)]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_polpo"));
     command
-        .arg(role)
+        .args(role.split(' '))
         .env_clear()
         .env("PATH", std::env::var_os("PATH").unwrap_or_default())
         .envs(settings.iter().copied())
@@ -384,6 +384,23 @@ async fn the_log_holds_neither_secrets_nor_what_is_said() {
         }
         known_key = Some(key);
     }
+}
+
+#[tokio::test]
+async fn a_worker_answers_health_checks_and_no_requests() {
+    let url = database().await;
+    let mut worker = Process::start("serve --role worker", &settings(&url, &[]));
+    let address = worker.url().await;
+    for (path, expected) in [("/ready", 200), ("/v1/health", 200), ("/v1/agents", 404)] {
+        let (status, body) = answer(reqwest::Client::new().get(format!("{address}{path}"))).await;
+        assert_eq!(status, expected, "{path}: {body}");
+    }
+    let output = ended(
+        "health",
+        &[("POLPO_BIND", address.trim_start_matches("http://"))],
+    )
+    .await;
+    assert!(output.status.success(), "{}", said(&output));
 }
 
 #[tokio::test]

@@ -1,0 +1,22 @@
+# syntax=docker/dockerfile:1
+FROM rust:1.95-slim-bookworm AS build
+WORKDIR /src
+COPY . .
+# The statements are checked against the committed `.sqlx`: building needs no database.
+ENV SQLX_OFFLINE=true
+RUN --mount=type=cache,target=/usr/local/cargo/registry \
+    --mount=type=cache,target=/src/target \
+    apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev \
+    && cargo build --release --locked --bin polpo \
+    && cp target/release/polpo /polpo
+
+# glibc and libgcc and nothing else: no shell, no package manager. Its user is 65532.
+FROM gcr.io/distroless/cc-debian12:nonroot
+COPY --from=build /polpo /usr/local/bin/polpo
+COPY LICENSE /LICENSE
+ENV POLPO_BIND=0.0.0.0:3890 POLPO_LOG_FORMAT=json
+EXPOSE 3890
+USER 65532:65532
+HEALTHCHECK --interval=10s --timeout=5s --start-period=10s --retries=3 CMD ["polpo", "health"]
+ENTRYPOINT ["polpo"]
+CMD ["serve"]
