@@ -15,6 +15,10 @@ pub struct Persona<'a> {
     pub system_prompt: Option<&'a str>,
     /// The `identity` object of contract 2.4.1.
     pub identity: Option<&'a Value>,
+    /// What all agents of its project remember.
+    pub shared_memory: Option<&'a str>,
+    /// What it alone remembers.
+    pub own_memory: Option<&'a str>,
 }
 
 /// The prompt of an agent. What the caller adds in system messages comes last: it is context, not a replacement
@@ -54,13 +58,22 @@ pub fn system_prompt(persona: Persona<'_>, caller_context: &[String]) -> String 
         prompt.push_str("\n- ");
         prompt.push_str(&responsibility_line(responsibility));
     }
-    for part in persona
-        .system_prompt
-        .into_iter()
-        .chain(caller_context.iter().map(String::as_str))
-    {
+    if let Some(instructions) = persona.system_prompt {
         prompt.push_str("\n\n");
-        prompt.push_str(part);
+        prompt.push_str(instructions);
+    }
+    // The tags of contract 2.6.3.
+    for (tag, memory) in [
+        ("shared-memory", persona.shared_memory),
+        ("agent-memory", persona.own_memory),
+    ] {
+        if let Some(memory) = memory {
+            let _ = write!(prompt, "\n\n<{tag}>\n{}\n</{tag}>", memory.trim_end());
+        }
+    }
+    for context in caller_context {
+        prompt.push_str("\n\n");
+        prompt.push_str(context);
     }
     prompt
 }
@@ -98,11 +111,14 @@ mod tests {
             role: Some("Technical writer"),
             system_prompt: Some("Be brief."),
             identity: Some(&identity),
+            shared_memory: Some("- Dates are ISO\n"),
+            own_memory: Some("2.4 is out"),
         };
         assert_eq!(
             system_prompt(persona, &["The reader is a child.".to_owned()]),
             "You are Noor. Your role: Technical writer.\nTone: Plain\nResponsibilities:\n- Changelog\n\
-             - Docs: Keep guides current (high priority)\n\nBe brief.\n\nThe reader is a child."
+             - Docs: Keep guides current (high priority)\n\nBe brief.\n\n\
+             <shared-memory>\n- Dates are ISO\n</shared-memory>\n\n<agent-memory>\n2.4 is out\n</agent-memory>\n\nThe reader is a child."
         );
         assert_eq!(
             system_prompt(

@@ -23,7 +23,7 @@ use crate::agent::{Answer, OutputFormat, Persona, Repair, system_prompt};
 use crate::app::App;
 use crate::ids::{Id, Run, Session};
 use crate::llm::{Effort, Message, ModelEvent, ModelRequest, Provider};
-use crate::store::{AgentRow, ProjectDb, StoreError};
+use crate::store::{AgentRow, Memories, ProjectDb, StoreError};
 
 /// How many stored messages go before a new one; older ones stay stored but are not sent.
 const HISTORY: i64 = 200;
@@ -72,6 +72,8 @@ pub async fn create_completion(
         Vec::new()
     };
 
+    let memories = db.memories(&agent.name).await?;
+
     let streams = request.stream.unwrap_or(false);
     let new_messages = conversation.messages[conversation.told_before..].to_vec();
     let turn = Turn {
@@ -90,7 +92,7 @@ pub async fn create_completion(
     let head = Head::new(&turn, &agent);
     let model_request = ModelRequest {
         whole: !streams,
-        ..model_request(&agent, model, conversation, history)
+        ..model_request(&agent, &memories, model, conversation, history)
     };
     let repair = if streams { Repair::Never } else { Repair::Once };
     let mut said = turn::begin(&app, turn, provider, model_request, format, repair);
@@ -240,6 +242,7 @@ async fn history(
 
 fn model_request(
     agent: &AgentRow,
+    memories: &Memories,
     model: String,
     conversation: Conversation,
     mut messages: Vec<Message>,
@@ -250,6 +253,8 @@ fn model_request(
         role: text("role"),
         system_prompt: text("systemPrompt"),
         identity: agent.definition.get("identity"),
+        shared_memory: memories.shared.as_deref(),
+        own_memory: memories.own.as_deref(),
     };
     let own_effort =
         text("reasoning").and_then(|word| serde_json::from_value::<Effort>(word.into()).ok());

@@ -28,6 +28,7 @@ pub mod error;
 pub mod extract;
 pub mod health;
 pub mod limit;
+pub mod memory;
 pub mod models;
 pub mod openai;
 pub mod platform;
@@ -78,6 +79,11 @@ fn project_routes() -> OpenApiRouter<App> {
             agents::read_agent,
             agents::update_agent,
             agents::delete_agent
+        ))
+        .routes(routes!(memory::read_memory, memory::save_memory))
+        .routes(routes!(
+            memory::read_agent_memory,
+            memory::save_agent_memory
         ))
         .routes(routes!(teams::list_teams, teams::create_team))
         .routes(routes!(teams::read_team, teams::update_team))

@@ -193,6 +193,9 @@ impl ProjectDb {
         sqlx::query!("delete from sessions where project_id = $1", self.project)
             .execute(&mut *tx)
             .await?;
+        sqlx::query!("delete from memories where project_id = $1", self.project)
+            .execute(&mut *tx)
+            .await?;
         sqlx::query!("delete from agents where project_id = $1", self.project)
             .execute(&mut *tx)
             .await?;

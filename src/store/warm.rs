@@ -11,12 +11,14 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
-use super::{AgentRow, Db, KeyHash, KeyRow, Result, SealedCredential, World};
+use super::{AgentRow, Db, KeyHash, KeyRow, Memories, Result, SealedCredential, World};
 
 /// How often the `changes` tables are read.
 pub(super) const POLL: Duration = Duration::from_millis(300);
 /// How long after the last good read the entries are believed.
 const TRUST: Duration = Duration::from_millis(900);
+/// The most bytes of an agent's memories that are kept; larger ones are read each time.
+const MEMORIES_KEPT: usize = 16 * 1024;
 /// Entries of each kind; past it they are all dropped, which is rarer and simpler than picking one.
 const MOST: usize = 10_000;
 
@@ -33,6 +35,7 @@ struct Entries {
     confirmed: Option<Instant>,
     keys: HashMap<KeyHash, Arc<KeyRow>>,
     agents: HashMap<(Uuid, World), HashMap<String, Arc<AgentRow>>>,
+    memories: HashMap<(Uuid, World), HashMap<String, Arc<Memories>>>,
     credentials: HashMap<Uuid, Arc<Vec<SealedCredential>>>,
     /// Numbers of the changes already acted on, per schema.
     seen: HashSet<(String, i64)>,
@@ -48,6 +51,7 @@ impl Entries {
         self.keys.retain(|_, key| key.project_id != project);
         for world in World::ALL {
             self.agents.remove(&(project, world));
+            self.memories.remove(&(project, world));
         }
         self.credentials.remove(&project);
     }
@@ -79,6 +83,21 @@ impl Warm {
             .agents
             .get(&(project, world))?
             .get(name)
+            .filter(|_| entries.trusted())
+            .cloned()
+    }
+
+    pub(super) fn memories(
+        &self,
+        project: Uuid,
+        world: World,
+        agent: &str,
+    ) -> Option<Arc<Memories>> {
+        let entries = self.entries.read().expect(POISONED);
+        entries
+            .memories
+            .get(&(project, world))?
+            .get(agent)
             .filter(|_| entries.trusted())
             .cloned()
     }
@@ -118,6 +137,29 @@ impl Warm {
                 agents.clear();
             }
             agents.insert(name.to_owned(), agent);
+        });
+    }
+
+    pub(super) fn keep_memories(
+        &self,
+        generation: u64,
+        project: Uuid,
+        world: World,
+        agent: &str,
+        memories: Arc<Memories>,
+    ) {
+        if memories.size() > MEMORIES_KEPT {
+            return;
+        }
+        self.keep(generation, |entries| {
+            if entries.memories.len() >= MOST {
+                entries.memories.clear();
+            }
+            let kept = entries.memories.entry((project, world)).or_default();
+            if kept.len() >= MOST {
+                kept.clear();
+            }
+            kept.insert(agent.to_owned(), memories);
         });
     }
 

@@ -12,6 +12,7 @@ mod auth;
 mod browsers;
 mod chat;
 mod isolation;
+mod memory;
 mod platform;
 mod processes;
 mod providers;

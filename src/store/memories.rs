@@ -1,0 +1,172 @@
+//! Memories: free text that every run of an agent begins with.
+
+use std::sync::Arc;
+
+use super::{ProjectDb, ProjectTx, Result, StoreError};
+
+/// The most bytes that one memory holds; the constraint `memories_content_size` keeps it.
+pub const MEMORY_LIMIT: usize = 256 * 1024;
+
+/// Whose memory it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MemoryOwner<'a> {
+    /// The project's: all its agents share it.
+    Project,
+    /// This agent's own, by its name. The agent need not exist (contract 2.13).
+    Agent(&'a str),
+}
+
+impl<'a> MemoryOwner<'a> {
+    /// No agent has an empty name.
+    fn column(self) -> &'a str {
+        match self {
+            Self::Project => "",
+            Self::Agent(name) => name,
+        }
+    }
+}
+
+/// What an agent remembers when it begins.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Memories {
+    /// What all agents of the project share.
+    pub shared: Option<String>,
+    /// Its own.
+    pub own: Option<String>,
+}
+
+impl Memories {
+    pub(super) fn size(&self) -> usize {
+        [&self.shared, &self.own]
+            .into_iter()
+            .flatten()
+            .map(String::len)
+            .sum()
+    }
+}
+
+impl ProjectDb {
+    /// A memory's text; `None` when nothing was ever saved.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn memory(&self, owner: MemoryOwner<'_>) -> Result<Option<String>> {
+        let content = sqlx::query_scalar!(
+            "select content from memories where project_id = $1 and owner = $2",
+            self.project,
+            owner.column()
+        )
+        .fetch_optional(&self.pool)
+        .await?;
+        Ok(content)
+    }
+
+    /// What an agent remembers. No round trip on a warm path.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn memories(&self, agent: &str) -> Result<Arc<Memories>> {
+        if let Some(memories) = self.warm.memories(self.project, self.world, agent) {
+            return Ok(memories);
+        }
+        let generation = self.warm.generation();
+        let rows = sqlx::query!(
+            "select owner, content from memories where project_id = $1 and owner in ('', $2)",
+            self.project,
+            agent
+        )
+        .fetch_all(&self.pool)
+        .await?;
+        let mut memories = Memories::default();
+        for row in rows {
+            let text = Some(row.content).filter(|content| !content.is_empty());
+            if row.owner.is_empty() {
+                memories.shared = text;
+            } else {
+                memories.own = text;
+            }
+        }
+        let memories = Arc::new(memories);
+        self.warm.keep_memories(
+            generation,
+            self.project,
+            self.world,
+            agent,
+            memories.clone(),
+        );
+        Ok(memories)
+    }
+}
+
+impl ProjectTx {
+    /// Puts a text in place of the whole memory.
+    ///
+    /// # Errors
+    /// Constraint `memories_content_size`.
+    pub async fn save_memory(&mut self, owner: MemoryOwner<'_>, content: &str) -> Result<()> {
+        sqlx::query!(
+            "insert into memories (project_id, owner, content)
+            values ($1, $2, $3)
+            on conflict (project_id, owner) do update set content = excluded.content, updated_at = now()",
+            self.db.project,
+            owner.column(),
+            content
+        )
+        .execute(&mut *self.tx)
+        .await?;
+        Ok(())
+    }
+
+    /// Adds a line at the end. Lines that are added at once all stay.
+    ///
+    /// # Errors
+    /// Constraint `memories_content_size`.
+    pub async fn append_memory(&mut self, owner: MemoryOwner<'_>, line: &str) -> Result<()> {
+        sqlx::query!(
+            "insert into memories (project_id, owner, content)
+            values ($1, $2, $3)
+            on conflict (project_id, owner) do update
+            set content = case
+                    when memories.content = '' or right(memories.content, 1) = e'\\n' then memories.content || excluded.content
+                    else memories.content || e'\\n' || excluded.content
+                end,
+                updated_at = now()",
+            self.db.project,
+            owner.column(),
+            line
+        )
+        .execute(&mut *self.tx)
+        .await?;
+        Ok(())
+    }
+
+    /// Puts `with` in place of every `find`, which may not be empty.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`] when the memory does not hold `find`; constraint `memories_content_size`.
+    pub async fn replace_in_memory(
+        &mut self,
+        owner: MemoryOwner<'_>,
+        find: &str,
+        with: &str,
+    ) -> Result<()> {
+        let replaced = sqlx::query!(
+            "update memories
+            set content = replace(content, $3, $4), updated_at = now()
+            where project_id = $1
+              and owner = $2
+              and strpos(content, $3) > 0",
+            self.db.project,
+            owner.column(),
+            find,
+            with
+        )
+        .execute(&mut *self.tx)
+        .await?;
+        if replaced.rows_affected() == 0 {
+            Err(StoreError::NotFound)
+        } else {
+            Ok(())
+        }
+    }
+}

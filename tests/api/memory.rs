@@ -1,0 +1,126 @@
+//! What agents remember (contract 2.13).
+
+use reqwest::Method;
+use serde_json::{Value, json};
+
+use crate::harness::{TestApp, answer, eventually};
+
+async fn save(app: &TestApp, path: &str, content: &str) -> (u16, Value) {
+    let request = app.request(Method::PUT, path);
+    let (status, body) = answer(request.json(&json!({"content": content}))).await;
+    (status.as_u16(), body)
+}
+
+#[tokio::test]
+async fn a_memory_is_read_as_it_was_saved() {
+    let app = TestApp::start().await;
+    let (status, body) = answer(app.get("/v1/memory")).await;
+    assert_eq!(
+        (status.as_u16(), body),
+        (200, json!({"exists": false, "content": ""}))
+    );
+    let text = "# Conventions\n- Dates are ISO\n";
+    assert_eq!(
+        save(&app, "/v1/memory", text).await,
+        (200, json!({"saved": true}))
+    );
+    assert_eq!(
+        answer(app.get("/v1/memory")).await.1,
+        json!({"exists": true, "content": text})
+    );
+
+    let path = "/v1/memory/agent/not-there-yet";
+    assert_eq!(
+        answer(app.get(path)).await.1,
+        json!({"exists": false, "content": "", "agent": "not-there-yet"})
+    );
+    let saved = json!({"saved": true, "agent": "not-there-yet"});
+    assert_eq!(save(&app, path, "").await, (200, saved));
+    assert_eq!(
+        answer(app.get(path)).await.1,
+        json!({"exists": true, "content": "", "agent": "not-there-yet"})
+    );
+}
+
+#[tokio::test]
+async fn a_memory_without_content_or_too_large_is_refused_and_nothing_stored() {
+    let app = TestApp::start().await;
+    assert_eq!(save(&app, "/v1/memory", "before").await.0, 200);
+    for body in [
+        json!({}),
+        json!({"content": null}),
+        json!({"content": 7}),
+        json!({"content": "a\u{0}b"}),
+    ] {
+        let (status, answer) = answer(app.request(Method::PUT, "/v1/memory").json(&body)).await;
+        assert_eq!(
+            (status.as_u16(), &answer["code"]),
+            (400, &json!("bad_request")),
+            "{body}"
+        );
+    }
+    let (status, body) = save(&app, "/v1/memory", &"x".repeat(256 * 1024 + 1)).await;
+    assert_eq!(status, 400, "{body}");
+    assert!(body["error"].as_str().unwrap().contains("256 KiB"));
+    assert_eq!(
+        save(&app, "/v1/memory", &"x".repeat(256 * 1024)).await.0,
+        200
+    );
+    assert_eq!(save(&app, "/v1/memory", "before").await.0, 200);
+    assert_eq!(save(&app, "/v1/memory/agent/a%20name", "x").await.0, 400);
+}
+
+#[tokio::test]
+async fn every_turn_of_an_agent_begins_with_its_memories() {
+    let app = TestApp::start().await;
+    app.agent("noor").await;
+    app.agent("other").await;
+    let other_process = app.another_process().await;
+    let system = || {
+        app.upstream.asked().last().unwrap()["messages"][0]["content"]
+            .as_str()
+            .unwrap()
+            .to_owned()
+    };
+    let chat = |agent: &str| {
+        app.chat(json!({"agent": agent, "messages": [{"role": "user", "content": "hi"}]}))
+    };
+    app.upstream.will_say("hello");
+    answer(chat("noor")).await;
+    assert!(!system().contains("memory>"), "{}", system());
+
+    save(&app, "/v1/memory", "Dates are ISO").await;
+    save(&app, "/v1/memory/agent/noor", "Likes tea").await;
+    app.upstream.will_say("hello");
+    answer(chat("noor")).await;
+    assert!(
+        system().ends_with("<shared-memory>\nDates are ISO\n</shared-memory>\n\n<agent-memory>\nLikes tea\n</agent-memory>"),
+        "{}",
+        system()
+    );
+    app.upstream.will_say("hello");
+    answer(chat("other")).await;
+    assert!(
+        system().contains("Dates are ISO") && !system().contains("tea"),
+        "{}",
+        system()
+    );
+
+    // Another process, warm with the old text, sees a change within a second.
+    let there = || {
+        app.client
+            .post(format!("{other_process}/v1/chat/completions"))
+            .bearer_auth(&app.live)
+            .json(&json!({"agent": "other", "messages": [{"role": "user", "content": "hi"}]}))
+    };
+    app.upstream.will_say("hello");
+    answer(there()).await;
+    assert!(system().contains("Dates are ISO"));
+    save(&app, "/v1/memory", "Dates are Roman").await;
+    eventually("the other process sees the new memory", || async {
+        app.upstream.will_say("hello");
+        answer(there()).await;
+        system().contains("Dates are Roman")
+    })
+    .await;
+}
