@@ -1,8 +1,8 @@
 //! Polpo: one binary and one Postgres that give any product an agent backend.
 //!
 //! The modules in reading order: [`config`] holds the settings, [`cli`] runs a role, [`app`] is what all
-//! share; [`api`] speaks HTTP, [`agent`] runs a turn, [`llm`] speaks to model providers, [`store`] to
-//! Postgres; [`ids`] and [`seal`] are plain values.
+//! share; [`api`] speaks HTTP, [`tools`] are what agents can call on the server, [`agent`] runs a turn,
+//! [`llm`] speaks to model providers, [`store`] to Postgres; [`ids`] and [`seal`] are plain values.
 
 pub mod agent;
 pub mod api;
@@ -15,3 +15,4 @@ pub mod ids;
 pub mod llm;
 pub mod seal;
 pub mod store;
+pub mod tools;

@@ -40,8 +40,11 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("agent", &["llm", "ids"]),
     (
         "api",
-        &["app", "config", "agent", "llm", "store", "ids", "seal"],
+        &[
+            "app", "config", "tools", "agent", "llm", "store", "ids", "seal",
+        ],
     ),
+    ("tools", &["agent", "llm", "store"]),
     ("app", &["api", "config", "llm", "store", "seal"]),
 ];
 

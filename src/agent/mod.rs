@@ -1,29 +1,39 @@
-//! What an agent does: prompt, model, answer.
+//! What an agent does: prompt, model, tools, model, answer.
 //!
 //! [`turn`] is pulled by its caller and writes nothing; it knows neither HTTP nor who pulls.
 
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use futures::{Stream, StreamExt};
 
 use crate::llm::{
-    FinishReason, Message, ModelEvent, ModelRequest, Provider, ProviderError, ToolCall, Usage,
+    FinishReason, Message, ModelEvent, ModelRequest, Provider, ProviderError, ToolCall, ToolChoice,
+    Usage,
 };
 
 mod format;
 mod prompt;
+mod toolbox;
 
 pub use format::{FormatError, OutputFormat};
 pub use prompt::{Persona, system_prompt};
+pub use toolbox::{ToolState, ToolUse, Toolbox};
+
+/// The most calls of the model in one turn (contract 2.1.6).
+pub const MODEL_CALLS: u32 = 20;
 
 /// What happens in a turn, in order.
 #[derive(Debug, Clone, PartialEq)]
 pub enum TurnEvent {
-    /// More of the answer, as the model says it. Never [`ModelEvent::Finished`].
+    /// More of the answer, as the model says it. Never [`ModelEvent::Finished`], and of tool calls only the
+    /// caller's, counted from 0 among themselves.
     Delta(ModelEvent),
+    /// A tool of the server comes further.
+    Tool(ToolUse),
     /// The answer so far does not count: the model is asked once more.
     Restarted,
-    /// One call of the model has ended.
+    /// One call of the model has ended. The server's tools that it calls run after this.
     Step(Step),
 }
 
@@ -47,6 +57,9 @@ pub enum TurnError {
     /// The answer is not what `response_format` asks for.
     #[error("the model's answer does not fit `response_format`: {0}")]
     Format(#[from] FormatError),
+    /// The model called tools [`MODEL_CALLS`] times over and gave no answer.
+    #[error("the agent called tools {MODEL_CALLS} times over without an answer")]
+    TooManyCalls,
 }
 
 /// What may be done about an answer of the wrong format.
@@ -58,47 +71,157 @@ pub enum Repair {
     Once,
 }
 
-/// One turn of an agent: asks the model, checks the answer's format, and ends.
+/// One turn of an agent: asks the model, runs the server's tools that it calls, asks again, checks the
+/// answer's format, and ends with an answer or with calls of the caller's tools.
 ///
-/// Nothing happens between two pulls. Dropping the stream stops the model.
+/// `request.tools` are the caller's; the toolbox's are added. Nothing happens between two pulls, so what a
+/// caller records before it pulls on is on record before it happens. Dropping the stream stops the model.
 pub fn turn(
     provider: Arc<dyn Provider>,
     mut request: ModelRequest,
     format: OutputFormat,
     repair: Repair,
+    toolbox: Arc<dyn Toolbox>,
 ) -> impl Stream<Item = Result<TurnEvent, TurnError>> + Send {
     async_stream::try_stream! {
         format.prepare(&mut request, provider.supports_json_schema());
+        let callers: HashSet<String> = request.tools.iter().map(|tool| tool.name.clone()).collect();
+        request.tools.extend_from_slice(toolbox.tools());
         let mut repairs_left = u8::from(repair == Repair::Once);
-        loop {
+        // Whether the next words follow others, said before a tool was called.
+        let mut follows = false;
+        for _ in 0..MODEL_CALLS {
             let mut answer = Answer::default();
+            let mut places = Places::new(&callers);
             let mut stream = provider.stream(request.clone()).await?;
             let step = loop {
                 let event = stream.next().await.ok_or_else(|| {
                     ProviderError::Protocol("the stream ended without a finish".to_owned())
                 })??;
-                match event {
-                    ModelEvent::Finished { reason, usage } => break answer.into_step(reason, usage),
-                    delta => {
-                        answer.push(&delta);
-                        yield TurnEvent::Delta(delta);
-                    }
+                if let ModelEvent::Finished { reason, usage } = event {
+                    break answer.into_step(reason, usage);
+                }
+                answer.push(&event);
+                if follows && matches!(event, ModelEvent::Text(_)) {
+                    follows = false;
+                    yield TurnEvent::Delta(ModelEvent::Text("\n\n".to_owned()));
+                }
+                if let Some(event) = places.route(event) {
+                    yield event;
                 }
             };
             drop(stream);
             let checked = format.check(&step);
             let message = step.message.clone();
+            let calls = step.calls_to_run(&callers);
             yield TurnEvent::Step(step);
-            match checked {
-                Ok(()) => break,
-                Err(error) if repairs_left > 0 => {
+            if let Err(error) = checked {
+                if repairs_left == 0 {
+                    Err(error)?;
+                } else {
                     repairs_left -= 1;
                     request.messages.push(message);
                     request.messages.push(error.request_to_repair());
                     yield TurnEvent::Restarted;
+                    continue;
                 }
-                Err(error) => Err(error)?,
             }
+            let Some(calls) = calls else { return };
+            follows |= message.text().is_some() && matches!(format, OutputFormat::Text);
+            request.messages.push(message);
+            for call in calls.ours {
+                yield TurnEvent::Tool(ToolUse { call: call.clone(), state: ToolState::Calling });
+                let state = match toolbox.call(&call).await {
+                    Ok(result) => ToolState::Completed(result),
+                    Err(result) => ToolState::Failed(result),
+                };
+                request.messages.push(Message::Tool {
+                    tool_call_id: call.id.clone(),
+                    content: state.result().unwrap_or_default().to_owned(),
+                });
+                yield TurnEvent::Tool(ToolUse { call, state });
+            }
+            if calls.theirs {
+                return;
+            }
+            // What had to be called has been called: forced again, the model could never answer.
+            if matches!(request.tool_choice, Some(ToolChoice::Required | ToolChoice::Named(_))) {
+                request.tool_choice = None;
+            }
+        }
+        Err(TurnError::TooManyCalls)?;
+    }
+}
+
+/// The tool calls of one answer.
+struct Calls {
+    /// Those that the server runs.
+    ours: Vec<ToolCall>,
+    /// Whether there are others, for the caller to run.
+    theirs: bool,
+}
+
+impl Step {
+    /// What the server is to run; `None` ends the turn. An answer that was cut off may hold half a call.
+    fn calls_to_run(&self, callers: &HashSet<String>) -> Option<Calls> {
+        let Message::Assistant { tool_calls, .. } = &self.message else {
+            return None;
+        };
+        let (theirs, ours): (Vec<_>, Vec<_>) = tool_calls
+            .iter()
+            .cloned()
+            .partition(|call| callers.contains(&call.name));
+        let whole = matches!(self.reason, FinishReason::ToolCalls | FinishReason::Stop);
+        (whole && !ours.is_empty()).then_some(Calls {
+            ours,
+            theirs: !theirs.is_empty(),
+        })
+    }
+}
+
+/// Tells the caller's tool calls from the server's as they come in pieces.
+struct Places<'a> {
+    callers: &'a HashSet<String>,
+    /// From the model's index of a call to its place among the caller's.
+    of_callers: HashMap<usize, usize>,
+}
+
+impl<'a> Places<'a> {
+    fn new(callers: &'a HashSet<String>) -> Self {
+        Self {
+            callers,
+            of_callers: HashMap::new(),
+        }
+    }
+
+    /// What is told of an event; nothing of the arguments of the server's calls.
+    fn route(&mut self, event: ModelEvent) -> Option<TurnEvent> {
+        match event {
+            ModelEvent::ToolCallStarted { index, id, name } if self.callers.contains(&name) => {
+                let place = self.of_callers.len();
+                self.of_callers.insert(index, place);
+                Some(TurnEvent::Delta(ModelEvent::ToolCallStarted {
+                    index: place,
+                    id,
+                    name,
+                }))
+            }
+            ModelEvent::ToolCallStarted { id, name, .. } => Some(TurnEvent::Tool(ToolUse {
+                call: ToolCall {
+                    id,
+                    name,
+                    arguments: String::new(),
+                },
+                state: ToolState::Preparing,
+            })),
+            ModelEvent::ToolCallArguments { index, piece } => {
+                let index = *self.of_callers.get(&index)?;
+                Some(TurnEvent::Delta(ModelEvent::ToolCallArguments {
+                    index,
+                    piece,
+                }))
+            }
+            event => Some(TurnEvent::Delta(event)),
         }
     }
 }

@@ -19,11 +19,12 @@ use super::openai::{
     usage_object,
 };
 use super::turn::{self, Said, Turn};
-use crate::agent::{Answer, OutputFormat, Persona, Repair, system_prompt};
+use crate::agent::{Answer, OutputFormat, Persona, Repair, Toolbox, system_prompt};
 use crate::app::App;
 use crate::ids::{Id, Run, Session};
-use crate::llm::{Effort, Message, ModelEvent, ModelRequest, Provider};
+use crate::llm::{Effort, Message, ModelEvent, ModelRequest, Provider, Tool};
 use crate::store::{AgentRow, Memories, ProjectDb, StoreError};
+use crate::tools::ServerTools;
 
 /// How many stored messages go before a new one; older ones stay stored but are not sent.
 const HISTORY: i64 = 200;
@@ -72,8 +73,11 @@ pub async fn create_completion(
         Vec::new()
     };
 
+    let toolbox = Arc::new(ServerTools::of(db.clone(), &agent));
+    refuse_clashes(&conversation, toolbox.tools())?;
     let memories = db.memories(&agent.name).await?;
 
+    let structured = !matches!(format, OutputFormat::Text);
     let streams = request.stream.unwrap_or(false);
     let new_messages = conversation.messages[conversation.told_before..].to_vec();
     let turn = Turn {
@@ -95,7 +99,7 @@ pub async fn create_completion(
         ..model_request(&agent, &memories, model, conversation, history)
     };
     let repair = if streams { Repair::Never } else { Repair::Once };
-    let mut said = turn::begin(&app, turn, provider, model_request, format, repair);
+    let mut said = turn::begin(&app, turn, provider, model_request, format, repair, toolbox);
     let response = if streams {
         let usage = request
             .stream_options
@@ -103,9 +107,29 @@ pub async fn create_completion(
             .unwrap_or(false);
         stream_answer(said, &head, usage, app.config.keep_alive()).await?
     } else {
-        collect_answer(&mut said, &head).await?.into_response()
+        collect_answer(&mut said, &head, structured)
+            .await?
+            .into_response()
     };
     Ok(head.write(response))
+}
+
+/// A tool of the caller's may not have the name of one that the server runs (contract 2.1.9).
+fn refuse_clashes(conversation: &Conversation, servers: &[Tool]) -> Result<(), ApiError> {
+    let clash = conversation
+        .tools
+        .iter()
+        .find(|tool| servers.iter().any(|other| other.name == tool.name));
+    match clash {
+        Some(tool) => Err(ApiError::invalid(
+            "tools",
+            format!(
+                "`{}` is a tool of the server that this agent has: rename yours, or take it out of the agent's `allowedTools`.",
+                tool.name
+            ),
+        )),
+        None => Ok(()),
+    }
 }
 
 /// What every form of the answer tells about it.
@@ -288,6 +312,7 @@ fn title_of(messages: &[Message]) -> Option<String> {
 async fn collect_answer(
     said: &mut mpsc::Receiver<Said>,
     head: &Head,
+    structured: bool,
 ) -> Result<Json<ChatCompletion>, ApiError> {
     let mut answer = Answer::default();
     let mut reasoning = String::new();
@@ -295,6 +320,9 @@ async fn collect_answer(
         match said.recv().await {
             Some(Said::Delta(ModelEvent::Reasoning(piece))) => reasoning.push_str(&piece),
             Some(Said::Delta(event)) => answer.push(&event),
+            // What was said beside a call of the server's is no part of a JSON answer.
+            Some(Said::Tool(_)) if structured => answer = Answer::default(),
+            Some(Said::Tool(_)) => {}
             Some(Said::Restarted) => {
                 answer = Answer::default();
                 reasoning.clear();

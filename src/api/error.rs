@@ -229,6 +229,9 @@ impl From<TurnError> for ApiError {
     fn from(error: TurnError) -> Self {
         match error {
             TurnError::Provider(error) => error.into(),
+            TurnError::TooManyCalls => Self::Provider(
+                "The agent called its tools over and over and gave no answer. Change its prompt, or take tools out of its `allowedTools`.".to_owned(),
+            ),
             TurnError::Format(error) => Self::Provider(format!(
                 "The model's answer does not fit `response_format`: {error}."
             )),

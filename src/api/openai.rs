@@ -5,6 +5,7 @@ use std::fmt::Write;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+use crate::agent::{ToolState, ToolUse};
 use crate::llm::{FinishReason, Message, ModelEvent, Usage};
 
 /// `POST /v1/chat/completions` (contract 2.1.2). Unknown members are ignored.
@@ -352,6 +353,33 @@ impl ChunkWriter {
             ModelEvent::Finished { .. } => return,
         };
         self.chunk(into, &delta, None);
+    }
+
+    /// A tool of the server comes further: an empty delta, with the `tool_call` of contract 2.1.7 beside it.
+    pub fn tool(&self, into: &mut String, tool: &ToolUse) {
+        let (state, result) = match &tool.state {
+            ToolState::Preparing => ("preparing", None),
+            ToolState::Calling => ("calling", None),
+            ToolState::Completed(result) => ("completed", Some(result)),
+            ToolState::Failed(result) => ("error", Some(result)),
+        };
+        let mut shown = json!({"id": tool.call.id, "name": tool.call.name, "state": state});
+        if tool.state != ToolState::Preparing {
+            // Arguments that do not parse are shown as the text that they are.
+            match serde_json::from_str::<Value>(&tool.call.arguments) {
+                Ok(arguments) => shown["arguments"] = arguments,
+                Err(_) => shown["argumentsText"] = json!(tool.call.arguments),
+            }
+        }
+        if let Some(result) = result {
+            shown["result"] = json!(result);
+        }
+        into.push_str(&self.before);
+        let _ = write!(
+            into,
+            "{{\"index\":0,\"delta\":{{}},\"logprobs\":null,\"finish_reason\":null,\"tool_call\":{shown}}}]"
+        );
+        into.push_str(self.after);
     }
 
     /// The end of a whole answer: why, what it used if that was asked for, and `[DONE]`.

@@ -16,7 +16,9 @@ use tokio::sync::mpsc;
 
 use super::error::ApiError;
 use super::openai::ChunkWriter;
-use crate::agent::{self, Answer, OutputFormat, Repair, Step, TurnError, TurnEvent};
+use crate::agent::{
+    self, Answer, OutputFormat, Repair, Step, ToolState, ToolUse, Toolbox, TurnError, TurnEvent,
+};
 use crate::app::App;
 use crate::ids::{Id, Run, Session};
 use crate::llm::{FinishReason, Message, ModelEvent, ModelRequest, Part, Provider, Usage};
@@ -32,6 +34,8 @@ const WAITING: usize = 64;
 pub enum Said {
     /// More of the answer.
     Delta(ModelEvent),
+    /// A tool of the server comes further.
+    Tool(ToolUse),
     /// What was said so far does not count.
     Restarted,
     /// The whole answer is stored.
@@ -75,8 +79,13 @@ pub struct Turn {
 /// What a turn's task knows of it so far.
 #[derive(Debug, Default)]
 struct Progress {
+    /// What the model is saying.
     answer: Answer,
     steps: Vec<Step>,
+    /// What is to be stored: the model's messages and the results of the server's tools.
+    said: Vec<Message>,
+    /// The server's tool calls that have not returned, by their ids.
+    open: Vec<String>,
     /// Tokens of the prompt if the provider never gets to say.
     prompt_estimate: u64,
 }
@@ -89,12 +98,13 @@ pub fn begin(
     request: ModelRequest,
     format: OutputFormat,
     repair: Repair,
+    toolbox: Arc<dyn Toolbox>,
 ) -> mpsc::Receiver<Said> {
     let (sender, receiver) = mpsc::channel(WAITING);
     let stop = app.stop_turns.clone();
     app.turns.spawn(async move {
         let mut progress = Progress { prompt_estimate: estimate_prompt(&request), ..Progress::default() };
-        let events = agent::turn(provider, request, format, repair);
+        let events = agent::turn(provider, request, format, repair, toolbox);
         let outcome = tokio::select! {
             outcome = listen(events, &sender, &mut progress) => outcome,
             () = stop.cancelled() => Outcome::Failed(ApiError::Unavailable(anyhow::anyhow!("the server is stopping"))),
@@ -102,6 +112,47 @@ pub fn begin(
         conclude(&turn, outcome, progress, &sender).await;
     });
     receiver
+}
+
+impl Progress {
+    fn note(&mut self, tool: &ToolUse) {
+        match &tool.state {
+            ToolState::Preparing => self.open.push(tool.call.id.clone()),
+            ToolState::Calling => {}
+            ToolState::Completed(result) | ToolState::Failed(result) => {
+                self.open.retain(|id| *id != tool.call.id);
+                self.said.push(Message::Tool {
+                    tool_call_id: tool.call.id.clone(),
+                    content: result.clone(),
+                });
+            }
+        }
+    }
+
+    /// Everything that was said. Providers refuse a call without a result, so those of the server's tools
+    /// that were cut off get one; an answer that was cut off keeps its text alone.
+    fn into_messages(self) -> Vec<Message> {
+        let mut messages = self.said;
+        let called = messages.iter().rev().find_map(|message| match message {
+            Message::Assistant { tool_calls, .. } => Some(tool_calls.clone()),
+            _ => None,
+        });
+        for call in called.unwrap_or_default() {
+            if self.open.contains(&call.id) {
+                messages.push(Message::Tool {
+                    tool_call_id: call.id,
+                    content: "Interrupted: it may or may not have been done.".to_owned(),
+                });
+            }
+        }
+        if !self.answer.text().is_empty() {
+            messages.push(Message::Assistant {
+                content: Some(self.answer.text().to_owned()),
+                tool_calls: Vec::new(),
+            });
+        }
+        messages
+    }
 }
 
 enum Outcome {
@@ -129,9 +180,17 @@ async fn listen(
                 progress.answer.push(&delta);
                 Said::Delta(delta)
             }
-            Some(Ok(TurnEvent::Restarted)) => Said::Restarted,
+            Some(Ok(TurnEvent::Tool(tool))) => {
+                progress.note(&tool);
+                Said::Tool(tool)
+            }
+            Some(Ok(TurnEvent::Restarted)) => {
+                progress.said.pop();
+                Said::Restarted
+            }
             Some(Ok(TurnEvent::Step(step))) => {
                 progress.answer = Answer::default();
+                progress.said.push(step.message.clone());
                 progress.steps.push(step);
                 continue;
             }
@@ -158,16 +217,11 @@ async fn conclude(turn: &Turn, outcome: Outcome, progress: Progress, sender: &mp
         .steps
         .last()
         .map_or(FinishReason::Stop, |step| step.reason);
-    let answer = match progress.steps.into_iter().last() {
-        Some(step) if !interrupted => Some(step.message),
-        Some(step) if progress.answer.is_empty() => Some(step.message),
-        _ if progress.answer.is_empty() => None,
-        _ => Some(progress.answer.into_message()),
-    };
+    let said = progress.into_messages();
     // A failure before the first word leaves no conversation behind; a caller that left early does.
-    let keep = answer.is_some() || status == RunStatus::Interrupted;
+    let keep = !said.is_empty() || status == RunStatus::Interrupted;
     let messages = if keep {
-        stored_messages(turn, answer, interrupted)
+        stored_messages(turn, said, interrupted)
     } else {
         Ok(Vec::new())
     };
@@ -221,17 +275,22 @@ async fn record(
 
 fn stored_messages(
     turn: &Turn,
-    answer: Option<Message>,
+    said: Vec<Message>,
     interrupted: bool,
 ) -> Result<Vec<NewMessage>, ApiError> {
     let now = Utc::now();
+    let last = said.len().saturating_sub(1);
     let asked = turn
         .new_messages
         .iter()
         .cloned()
         .map(|message| (message, false, turn.started_at));
     asked
-        .chain(answer.map(|answer| (answer, interrupted, now)))
+        .chain(
+            said.into_iter()
+                .enumerate()
+                .map(|(index, message)| (message, interrupted && index == last, now)),
+        )
         .map(|(message, interrupted, created_at)| {
             let mut body =
                 serde_json::to_value(message).map_err(|error| ApiError::Internal(error.into()))?;
@@ -330,12 +389,13 @@ pub fn frames(
         let mut batch: Vec<Said> = first.into_iter().collect();
         loop {
             for said in batch.drain(..) {
-                if !begun && matches!(said, Said::Delta(_) | Said::Finished { .. }) {
+                if !begun && matches!(said, Said::Delta(_) | Said::Tool(_) | Said::Finished { .. }) {
                     begun = true;
                     writer.role(&mut text, matches!(said, Said::Delta(ModelEvent::ToolCallStarted { .. })));
                 }
                 match said {
                     Said::Delta(event) => writer.delta(&mut text, &event),
+                    Said::Tool(tool) => writer.tool(&mut text, &tool),
                     // Never happens: a stream is not repaired, for it cannot be taken back.
                     Said::Restarted => {}
                     Said::Finished { reason, usage } => {

@@ -176,6 +176,16 @@ pub enum Message {
     },
 }
 
+impl Message {
+    /// What a model said in it, unless it only called tools.
+    pub fn text(&self) -> Option<&str> {
+        match self {
+            Self::Assistant { content, .. } => content.as_deref().filter(|text| !text.is_empty()),
+            _ => None,
+        }
+    }
+}
+
 /// A piece of a user's message.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]

@@ -18,3 +18,4 @@ mod processes;
 mod providers;
 mod sessions;
 mod streams;
+mod tools;

@@ -1,0 +1,183 @@
+//! `memory_get`, `memory_save`, `memory_append` and `memory_update` (contract 2.13).
+
+use chrono::{SecondsFormat, Utc};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::arguments;
+use crate::llm::{Tool, ToolCall};
+use crate::store::{MEMORY_LIMIT, MemoryOwner, ProjectDb, StoreError};
+
+const NAMES: [&str; 4] = [
+    "memory_get",
+    "memory_save",
+    "memory_append",
+    "memory_update",
+];
+
+pub(super) fn is_one(name: &str) -> bool {
+    NAMES.contains(&name)
+}
+
+/// Whose memory a call is about.
+#[derive(Debug, Clone, Copy, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Scope {
+    /// The agent's own.
+    #[default]
+    Agent,
+    /// The one that all agents of the project share.
+    Shared,
+}
+
+#[derive(Debug, Deserialize)]
+struct Get {
+    #[serde(default)]
+    scope: Scope,
+}
+
+#[derive(Debug, Deserialize)]
+struct Text {
+    content: String,
+    #[serde(default)]
+    scope: Scope,
+}
+
+#[derive(Debug, Deserialize)]
+struct Update {
+    find: String,
+    replace: String,
+    #[serde(default)]
+    scope: Scope,
+}
+
+pub(super) fn tools() -> Vec<Tool> {
+    let tool = |name: &str, description: &str, mut properties: Value, required: &[&str]| {
+        properties["scope"] = json!({
+            "type": "string", "enum": ["agent", "shared"],
+            "description": "`agent` (the default) is your own memory, `shared` the one of all agents of the project.",
+        });
+        Tool {
+            name: name.to_owned(),
+            description: Some(description.to_owned()),
+            parameters: json!({"type": "object", "properties": properties, "required": required}),
+        }
+    };
+    let text = |what: &str| json!({"content": {"type": "string", "description": what}});
+    let [get, save, append, update] = NAMES;
+    vec![
+        tool(get, "Read a memory.", json!({}), &[]),
+        tool(
+            save,
+            "Replace a whole memory with a text.",
+            text("The new text, in Markdown."),
+            &["content"],
+        ),
+        tool(
+            append,
+            "Add a line to a memory. It is stamped with the time.",
+            text("The line to add."),
+            &["content"],
+        ),
+        tool(
+            update,
+            "Replace a passage of a memory wherever it occurs.",
+            json!({
+                "find": {"type": "string", "description": "The passage, exactly as it stands there."},
+                "replace": {"type": "string", "description": "What to put in its place; empty removes it."},
+            }),
+            &["find", "replace"],
+        ),
+    ]
+}
+
+pub(super) async fn call(db: &ProjectDb, agent: &str, call: &ToolCall) -> Result<String, String> {
+    let owner = |scope| match scope {
+        Scope::Agent => MemoryOwner::Agent(agent),
+        Scope::Shared => MemoryOwner::Project,
+    };
+    let done = match call.name.as_str() {
+        "memory_get" => {
+            let Get { scope } = arguments(call)?;
+            let content = db.memory(owner(scope)).await;
+            return content
+                .map(Option::unwrap_or_default)
+                .map(|content| match content.as_str() {
+                    "" => "The memory is empty.".to_owned(),
+                    _ => content,
+                })
+                .map_err(explain);
+        }
+        "memory_save" => {
+            let Text { content, scope } = arguments(call)?;
+            save(db, owner(scope), &clean(&content)).await
+        }
+        "memory_append" => {
+            let Text { content, scope } = arguments(call)?;
+            let at = Utc::now().to_rfc3339_opts(SecondsFormat::Secs, true);
+            append(
+                db,
+                owner(scope),
+                &format!("[{at}] {}\n", clean(&content).trim_end()),
+            )
+            .await
+        }
+        _ => {
+            let Update {
+                find,
+                replace,
+                scope,
+            } = arguments(call)?;
+            if find.is_empty() {
+                return Err("`find` must not be empty.".to_owned());
+            }
+            update(db, owner(scope), &clean(&find), &clean(&replace)).await
+        }
+    };
+    done.map(|()| "Saved.".to_owned()).map_err(explain)
+}
+
+/// Postgres stores no NUL character.
+fn clean(text: &str) -> String {
+    text.replace('\0', "\u{fffd}")
+}
+
+async fn save(db: &ProjectDb, owner: MemoryOwner<'_>, content: &str) -> Result<(), StoreError> {
+    let mut tx = db.begin().await?;
+    tx.save_memory(owner, content).await?;
+    tx.commit().await
+}
+
+async fn append(db: &ProjectDb, owner: MemoryOwner<'_>, line: &str) -> Result<(), StoreError> {
+    let mut tx = db.begin().await?;
+    tx.append_memory(owner, line).await?;
+    tx.commit().await
+}
+
+async fn update(
+    db: &ProjectDb,
+    owner: MemoryOwner<'_>,
+    find: &str,
+    replace: &str,
+) -> Result<(), StoreError> {
+    let mut tx = db.begin().await?;
+    tx.replace_in_memory(owner, find, replace).await?;
+    tx.commit().await
+}
+
+/// What the model is told. A failure that is ours is logged here, where it ends.
+fn explain(error: StoreError) -> String {
+    match error {
+        StoreError::NotFound => {
+            "The memory does not hold that passage. Read it with `memory_get`.".to_owned()
+        }
+        error if error.is_constraint("memories_content_size") => format!(
+            "The memory would be larger than {} KiB. Shorten it with `memory_save`.",
+            MEMORY_LIMIT / 1024
+        ),
+        error => {
+            tracing::warn!("a memory tool failed: {:#}", anyhow::Error::new(error));
+            "The memory cannot be reached at the moment.".to_owned()
+        }
+    }
+}

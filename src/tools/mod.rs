@@ -1,0 +1,134 @@
+//! The tools that the server runs for its agents, and which of them an agent may use.
+
+use async_trait::async_trait;
+use serde::de::DeserializeOwned;
+
+use crate::agent::Toolbox;
+use crate::llm::{Tool, ToolCall};
+use crate::store::{AgentRow, ProjectDb};
+
+mod memory;
+
+/// The most bytes of a result that the model reads; the rest is cut, and the model is told so.
+const RESULT_LIMIT: usize = 64 * 1024;
+
+/// Whether an agent with this `allowedTools` may use a tool. `*` stands for any characters. Without a list
+/// these are the memory tools (design 0.1).
+pub fn is_allowed(allowed: Option<&[String]>, tool: &str) -> bool {
+    match allowed {
+        None => memory::is_one(tool),
+        Some(patterns) => patterns.iter().any(|pattern| matches(pattern, tool)),
+    }
+}
+
+fn matches(pattern: &str, name: &str) -> bool {
+    match pattern.split_once('*') {
+        None => pattern == name,
+        Some((before, after)) => name.strip_prefix(before).is_some_and(|rest| {
+            (0..=rest.len())
+                .filter(|at| rest.is_char_boundary(*at))
+                .any(|at| matches(after, &rest[at..]))
+        }),
+    }
+}
+
+/// One agent's tools, for one turn.
+#[derive(Debug)]
+pub struct ServerTools {
+    db: ProjectDb,
+    agent: String,
+    tools: Vec<Tool>,
+}
+
+impl ServerTools {
+    /// The tools that an agent's `allowedTools` admits.
+    pub fn of(db: ProjectDb, agent: &AgentRow) -> Self {
+        let allowed: Option<Vec<String>> = agent
+            .definition
+            .get("allowedTools")
+            .and_then(|list| serde_json::from_value(list.clone()).ok());
+        let mut tools = memory::tools();
+        tools.retain(|tool| is_allowed(allowed.as_deref(), &tool.name));
+        Self {
+            db,
+            agent: agent.name.clone(),
+            tools,
+        }
+    }
+}
+
+#[async_trait]
+impl Toolbox for ServerTools {
+    fn tools(&self) -> &[Tool] {
+        &self.tools
+    }
+
+    async fn call(&self, call: &ToolCall) -> Result<String, String> {
+        if !self.tools.iter().any(|tool| tool.name == call.name) {
+            let names: Vec<&str> = self.tools.iter().map(|tool| tool.name.as_str()).collect();
+            return Err(format!(
+                "There is no tool `{}` for you. Yours are: {}.",
+                call.name,
+                names.join(", ")
+            ));
+        }
+        memory::call(&self.db, &self.agent, call).await.map(cut)
+    }
+}
+
+/// Reads a call's arguments; an empty text is an empty object, as models have it.
+fn arguments<T: DeserializeOwned>(call: &ToolCall) -> Result<T, String> {
+    let text = match call.arguments.trim() {
+        "" => "{}",
+        text => text,
+    };
+    serde_json::from_str(text)
+        .map_err(|error| format!("The arguments of `{}` cannot be used: {error}.", call.name))
+}
+
+fn cut(mut result: String) -> String {
+    if result.len() > RESULT_LIMIT {
+        let whole = result.len();
+        result.truncate(result.floor_char_boundary(RESULT_LIMIT));
+        result.push_str(&format!("\n[cut: {RESULT_LIMIT} of {whole} bytes]"));
+    }
+    result
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_star_stands_for_any_characters() {
+        for (pattern, name, expected) in [
+            ("memory_get", "memory_get", true),
+            ("memory_get", "memory_gets", false),
+            ("memory_*", "memory_get", true),
+            ("memory_*", "http_fetch", false),
+            ("*", "anything", true),
+            ("*_get", "memory_get", true),
+            ("m*_*t", "memory_get", true),
+            ("m*_*t", "memory_got_it", true),
+            ("m*x", "memory_get", false),
+            ("", "memory_get", false),
+        ] {
+            assert_eq!(matches(pattern, name), expected, "{pattern} {name}");
+        }
+    }
+
+    #[test]
+    fn without_a_list_an_agent_has_the_memory_tools_and_with_an_empty_one_none() {
+        assert!(is_allowed(None, "memory_append"));
+        assert!(!is_allowed(None, "http_fetch"));
+        assert!(!is_allowed(Some(&[]), "memory_append"));
+    }
+
+    #[test]
+    fn a_long_result_is_cut_where_a_character_ends_and_says_so() {
+        let long = "é".repeat(RESULT_LIMIT);
+        let cut = cut(format!("a{long}"));
+        assert!(cut.len() < RESULT_LIMIT + 64);
+        assert!(cut.ends_with(" bytes]"), "{}", &cut[RESULT_LIMIT - 4..]);
+    }
+}
