@@ -425,3 +425,48 @@ pub fn frames(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn stream_of(said: Vec<Said>) -> String {
+        let (sender, receiver) = mpsc::channel(WAITING);
+        for said in said {
+            sender.send(said).await.unwrap();
+        }
+        drop(sender);
+        let writer = ChunkWriter::new("chatcmpl-1", 7, "a", "fp_1", false);
+        let pieces = frames(writer, None, receiver, Duration::from_secs(15));
+        let bytes: Vec<u8> = pieces
+            .map(Result::unwrap)
+            .collect::<Vec<Bytes>>()
+            .await
+            .concat();
+        String::from_utf8(bytes).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_turn_that_panics_ends_its_stream_in_the_error_frame() {
+        for (said, frames) in [
+            (vec![], 2),
+            (vec![Said::Delta(ModelEvent::Text("so far".to_owned()))], 4),
+        ] {
+            let text = stream_of(said).await;
+            let found: Vec<&str> = text.trim_end().split("\n\n").collect();
+            assert_eq!(found.len(), frames, "{text}");
+            assert_eq!(found[frames - 1], "data: [DONE]");
+            let error: Value =
+                serde_json::from_str(found[frames - 2].strip_prefix("data: ").unwrap()).unwrap();
+            assert_eq!(error["error"]["code"], "internal_error");
+        }
+    }
+
+    #[tokio::test]
+    async fn an_answer_without_a_word_is_a_whole_stream_all_the_same() {
+        let (reason, usage) = (FinishReason::Stop, Usage::default());
+        let text = stream_of(vec![Said::Finished { reason, usage }]).await;
+        assert!(text.contains(r#""delta":{"role":"assistant","content":""}"#));
+        assert!(text.contains(r#""finish_reason":"stop""#) && text.ends_with("data: [DONE]\n\n"));
+    }
+}

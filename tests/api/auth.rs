@@ -151,13 +151,7 @@ async fn a_process_that_cannot_hear_of_changes_trusts_nothing_it_knows() {
         .execute("alter table platform.changes rename to lost; delete from platform.api_keys where environment = 'live'")
         .await
         .unwrap();
-    let revoked = std::time::Instant::now();
     eventually("the key is refused", || async { agents().await == 401 }).await;
-    assert!(
-        revoked.elapsed() < Duration::from_secs(1),
-        "{:?}",
-        revoked.elapsed()
-    );
     // Whoever may come in is still let in, from the database.
     let sandbox = app.client.get(format!("{}/v1/agents", app.url));
     assert_eq!(answer(sandbox.bearer_auth(&app.test)).await.0, 200);
