@@ -18,6 +18,7 @@ use crate::seal::{self, Seal, SealError, sha256};
 use crate::store::{
     Db, KeyRow, NewKey, PoolSettings, ProjectDb, Result as StoreResult, StoreError, World,
 };
+use crate::tools::Fetcher;
 
 /// The model of an agent that names none.
 pub const DEFAULT_MODEL: &str = "echo";
@@ -49,6 +50,8 @@ pub struct Shared {
     pub db: Db,
     /// The models.
     pub providers: Providers,
+    /// The client of the tool `http_fetch`.
+    pub fetcher: Fetcher,
     /// The request rates.
     pub limits: api::limit::Limits,
     /// Turns under way: they outlive their requests, and shutdown waits for them.
@@ -98,7 +101,10 @@ impl App {
         let openapi = api::openapi()
             .to_json()
             .context("the OpenAPI document cannot be written")?;
+        let fetcher =
+            Fetcher::new(config.private_fetches).context("the HTTP client cannot start")?;
         Ok(Self(Arc::new(Shared {
+            fetcher,
             limits: api::limit::Limits::new(config.rate_limit),
             db,
             providers,

@@ -84,6 +84,10 @@ pub struct Config {
     #[arg(long, env = "POLPO_PRIVATE_BASE_URLS", default_value_t = false, action = clap::ArgAction::Set)]
     pub private_base_urls: bool,
 
+    /// Whether the tool `http_fetch` may reach private, loopback and link-local addresses.
+    #[arg(long, env = "POLPO_PRIVATE_FETCHES", default_value_t = false, action = clap::ArgAction::Set)]
+    pub private_fetches: bool,
+
     /// How the log is written.
     #[arg(long, env = "POLPO_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,

@@ -2,7 +2,7 @@
 //!
 //! The modules in reading order: [`config`] holds the settings, [`cli`] runs a role, [`app`] is what all
 //! share; [`api`] speaks HTTP, [`tools`] are what agents can call on the server, [`agent`] runs a turn,
-//! [`llm`] speaks to model providers, [`store`] to Postgres; [`ids`] and [`seal`] are plain values.
+//! [`llm`] speaks to model providers, [`store`] to Postgres; [`ids`], [`net`] and [`seal`] are plain values.
 
 pub mod agent;
 pub mod api;
@@ -13,6 +13,7 @@ pub mod dev;
 pub mod embedded;
 pub mod ids;
 pub mod llm;
+pub mod net;
 pub mod seal;
 pub mod store;
 pub mod tools;

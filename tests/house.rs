@@ -34,7 +34,8 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("ids", &[]),
     ("seal", &[]),
     ("config", &[]),
-    ("llm", &[]),
+    ("net", &[]),
+    ("llm", &["net"]),
     ("store", &["ids"]),
     ("embedded", &["seal"]),
     ("agent", &["llm", "ids"]),
@@ -44,8 +45,8 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "app", "config", "tools", "agent", "llm", "store", "ids", "seal",
         ],
     ),
-    ("tools", &["agent", "llm", "store"]),
-    ("app", &["api", "config", "llm", "store", "seal"]),
+    ("tools", &["agent", "llm", "net", "store"]),
+    ("app", &["api", "config", "llm", "store", "seal", "tools"]),
 ];
 
 #[test]

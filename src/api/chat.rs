@@ -73,7 +73,7 @@ pub async fn create_completion(
         Vec::new()
     };
 
-    let toolbox = Arc::new(ServerTools::of(db.clone(), &agent));
+    let toolbox = Arc::new(ServerTools::of(db.clone(), &agent, app.fetcher.clone()));
     refuse_clashes(&conversation, toolbox.tools())?;
     let memories = db.memories(&agent.name).await?;
 

@@ -7,10 +7,15 @@ use crate::agent::Toolbox;
 use crate::llm::{Tool, ToolCall};
 use crate::store::{AgentRow, ProjectDb};
 
+mod http_fetch;
 mod memory;
+
+pub use http_fetch::Fetcher;
 
 /// The most bytes of a result that the model reads; the rest is cut, and the model is told so.
 const RESULT_LIMIT: usize = 64 * 1024;
+/// What stands around a fetched body may go beyond it.
+const SLACK: usize = 1024;
 
 /// Whether an agent with this `allowedTools` may use a tool. `*` stands for any characters. Without a list
 /// these are the memory tools (design 0.1).
@@ -37,21 +42,24 @@ fn matches(pattern: &str, name: &str) -> bool {
 pub struct ServerTools {
     db: ProjectDb,
     agent: String,
+    fetcher: Fetcher,
     tools: Vec<Tool>,
 }
 
 impl ServerTools {
     /// The tools that an agent's `allowedTools` admits.
-    pub fn of(db: ProjectDb, agent: &AgentRow) -> Self {
+    pub fn of(db: ProjectDb, agent: &AgentRow, fetcher: Fetcher) -> Self {
         let allowed: Option<Vec<String>> = agent
             .definition
             .get("allowedTools")
             .and_then(|list| serde_json::from_value(list.clone()).ok());
         let mut tools = memory::tools();
+        tools.push(http_fetch::tool());
         tools.retain(|tool| is_allowed(allowed.as_deref(), &tool.name));
         Self {
             db,
             agent: agent.name.clone(),
+            fetcher,
             tools,
         }
     }
@@ -72,7 +80,11 @@ impl Toolbox for ServerTools {
                 names.join(", ")
             ));
         }
-        memory::call(&self.db, &self.agent, call).await.map(cut)
+        match call.name.as_str() {
+            http_fetch::NAME => self.fetcher.call(call).await,
+            _ => memory::call(&self.db, &self.agent, call).await,
+        }
+        .map(cut)
     }
 }
 
@@ -87,7 +99,7 @@ fn arguments<T: DeserializeOwned>(call: &ToolCall) -> Result<T, String> {
 }
 
 fn cut(mut result: String) -> String {
-    if result.len() > RESULT_LIMIT {
+    if result.len() > RESULT_LIMIT + SLACK {
         let whole = result.len();
         result.truncate(result.floor_char_boundary(RESULT_LIMIT));
         result.push_str(&format!("\n[cut: {RESULT_LIMIT} of {whole} bytes]"));

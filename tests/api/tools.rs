@@ -203,7 +203,8 @@ async fn allowed_tools_decides_what_the_model_sees_and_may_call() {
         (json!([]), 0),
         (json!(["memory_*"]), 4),
         (json!(["memory_get", "read"]), 1),
-        (json!(["*"]), 4),
+        (json!(["*"]), 5),
+        (json!(["http_fetch", "memory_get"]), 2),
         (json!(["memory_get*"]), 1),
     ];
     for (allowed, count) in cases {
@@ -416,4 +417,116 @@ async fn a_caller_that_leaves_after_a_tool_ran_leaves_a_session_that_goes_on() {
         "{told}"
     );
     assert_eq!(told[4]["content"], "one ");
+}
+
+/// What `http_fetch` gives the model: its state and result.
+async fn fetch(app: &TestApp, arguments: Value) -> (String, String) {
+    let (_, _, text) = ask(app, true).await;
+    let frames = frames(&text);
+    let last = frames
+        .iter()
+        .map(|frame| &frame["choices"][0]["tool_call"])
+        .rfind(|tool| tool.is_object())
+        .unwrap();
+    assert_eq!(last["arguments"], arguments);
+    (
+        last["state"].as_str().unwrap().to_owned(),
+        last["result"].as_str().unwrap().to_owned(),
+    )
+}
+
+fn will_fetch(app: &TestApp, arguments: &Value) {
+    let call = called(&[("c", "http_fetch", &[&arguments.to_string()])]);
+    app.upstream.will(Reply::Stream(call));
+}
+
+#[tokio::test]
+async fn http_fetch_returns_status_type_and_body_and_follows_redirects() {
+    let app = TestApp::start_with(&["--private-fetches", "true"]).await;
+    app.agent("noor").await;
+    answer(app.patch("/v1/agents/noor", json!({"allowedTools": ["http_fetch"]}))).await;
+    let page = format!("{}/page", app.upstream.url);
+    let plain = |status, headers, body: &str| Reply::Plain(status, headers, body.to_owned());
+
+    let get = json!({"url": page});
+    will_fetch(&app, &get);
+    app.upstream
+        .will(plain(302, vec![("location", "/other")], ""));
+    app.upstream
+        .will(plain(200, vec![("content-type", "text/plain")], "hello"));
+    app.upstream.will_say("done");
+    let told = fetch(&app, get.clone()).await;
+    let expected = "HTTP 200 OK\ncontent-type: text/plain\n\nhello".to_owned();
+    assert_eq!(told, ("completed".to_owned(), expected));
+
+    let post = json!({"url": page, "method": "post", "headers": {"content-type": "application/json", "x-a": "b"}, "body": "{\"n\":1}"});
+    will_fetch(&app, &post);
+    app.upstream.will(plain(404, vec![], &"x".repeat(100_000)));
+    app.upstream.will_say("done");
+    let (state, result) = fetch(&app, post).await;
+    assert_eq!(state, "completed");
+    assert!(
+        result.starts_with("HTTP 404 Not Found\n"),
+        "{}",
+        &result[..60]
+    );
+    assert!(result.ends_with("x\n[cut after 65536 bytes]"));
+    let asked = app.upstream.asked();
+    let at = asked
+        .iter()
+        .position(|body| *body == json!({"n": 1}))
+        .unwrap();
+    assert_eq!(app.upstream.headers()[at]["x-a"], "b");
+
+    will_fetch(&app, &get);
+    for _ in 0..6 {
+        app.upstream
+            .will(plain(302, vec![("location", "/again")], ""));
+    }
+    app.upstream.will_say("done");
+    let (state, result) = fetch(&app, get).await;
+    assert_eq!(state, "error");
+    assert!(result.contains("redirects too often"), "{result}");
+}
+
+#[tokio::test]
+async fn http_fetch_reaches_nothing_private_and_no_other_protocol() {
+    let app = TestApp::start().await;
+    app.agent("noor").await;
+    answer(app.patch("/v1/agents/noor", json!({"allowedTools": ["http_*"]}))).await;
+    let port = app.upstream.url.rsplit(':').next().unwrap().to_owned();
+    for (arguments, expected) in [
+        (json!({"url": app.upstream.url}), "Private addresses"),
+        (
+            json!({"url": format!("http://localhost:{port}/")}),
+            "no public address",
+        ),
+        (
+            json!({"url": "http://169.254.169.254/latest/meta-data"}),
+            "Private addresses",
+        ),
+        (json!({"url": "file:///etc/passwd"}), "Only http and https"),
+        (json!({"url": "nonsense"}), "not a URL"),
+        (
+            json!({"url": "http://example.com", "method": "CONNECT"}),
+            "`method` may not be CONNECT",
+        ),
+        (
+            json!({"url": "http://example.com", "headers": {"Host": "inside"}}),
+            "`host` cannot be set",
+        ),
+        (
+            json!({"url": "http://example.com", "headers": {"a b": "c"}}),
+            "not valid",
+        ),
+        (json!({}), "missing field `url`"),
+    ] {
+        will_fetch(&app, &arguments);
+        app.upstream.will_say("I cannot.");
+        let (state, result) = fetch(&app, arguments).await;
+        assert_eq!(state, "error", "{result}");
+        assert!(result.contains(expected), "{result}");
+    }
+    // Only the model was asked, twice each time.
+    assert_eq!(app.upstream.asked().len(), 18);
 }
