@@ -16,7 +16,7 @@ use uuid::Uuid;
 use crate::app::{App, Role};
 use crate::config::{BIND, Config, ConfigError, LogFormat};
 use crate::llm::{ClientSettings, Credential, HttpClient, KNOWN, ProjectCredentials, Providers};
-use crate::store::{MigrationState, World, migrate, migration_state};
+use crate::store::{MigrationState, World, migrate, migration_state, reach};
 use crate::{api, dev, store};
 
 /// An agent backend: one binary and one Postgres.
@@ -199,10 +199,11 @@ async fn serve(role: Role, config: Config) -> anyhow::Result<()> {
     start_log(&config)?;
     let bind = config.bind;
     let app = build(config)?;
-    match migration_state(&app.db)
+    let unreachable = "DATABASE_URL names a database that cannot be reached";
+    reach(app.config.database_url()?)
         .await
-        .context("DATABASE_URL names a database that cannot be reached")?
-    {
+        .context(unreachable)?;
+    match migration_state(&app.db).await.context(unreachable)? {
         MigrationState::Current => {}
         MigrationState::Behind => {
             return Err(ConfigError(

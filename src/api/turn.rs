@@ -28,6 +28,8 @@ use crate::store::{AgentRow, CallUsage, NewMessage, ProjectDb, RunStatus, StoreE
 const STALL: Duration = Duration::from_secs(120);
 /// Pieces that wait for a slow reader.
 const WAITING: usize = 64;
+/// A piece of more bytes waits alone.
+const LARGE: usize = 4096;
 
 /// What a response hears of its turn. Ends with one `Finished` or `Failed`.
 #[derive(Debug)]
@@ -47,6 +49,18 @@ pub enum Said {
     },
     /// There is no whole answer.
     Failed(ApiError),
+}
+
+impl Said {
+    /// The bytes of what varies in it.
+    fn size(&self) -> usize {
+        match self {
+            Self::Delta(ModelEvent::Text(text) | ModelEvent::Reasoning(text)) => text.len(),
+            Self::Delta(ModelEvent::ToolCallArguments { piece, .. }) => piece.len(),
+            Self::Tool(tool) => tool.call.arguments.len() + tool.state.result().map_or(0, str::len),
+            Self::Delta(_) | Self::Restarted | Self::Finished { .. } | Self::Failed(_) => 0,
+        }
+    }
 }
 
 /// One turn: who talks to whom, and what is new in it.
@@ -195,9 +209,27 @@ async fn listen(
                 continue;
             }
         };
-        if sender.send_timeout(said, STALL).await.is_err() {
+        if !tell(sender, said).await {
             return Outcome::Left;
         }
+    }
+}
+
+/// Hands a piece to the response; false when its reader is gone or takes nothing. A large piece waits until
+/// all before it are taken, so that what waits for a slow reader is bounded in bytes too.
+async fn tell(sender: &mpsc::Sender<Said>, said: Said) -> bool {
+    if said.size() <= LARGE {
+        return sender.send_timeout(said, STALL).await.is_ok();
+    }
+    match tokio::time::timeout(STALL, sender.reserve_many(WAITING)).await {
+        Ok(Ok(mut places)) => {
+            places
+                .next()
+                .expect("as many places as were asked for")
+                .send(said);
+            true
+        }
+        Ok(Err(_)) | Err(_) => false,
     }
 }
 
@@ -468,5 +500,22 @@ mod tests {
         let text = stream_of(vec![Said::Finished { reason, usage }]).await;
         assert!(text.contains(r#""delta":{"role":"assistant","content":""}"#));
         assert!(text.contains(r#""finish_reason":"stop""#) && text.ends_with("data: [DONE]\n\n"));
+    }
+
+    #[tokio::test]
+    async fn a_large_piece_waits_until_those_before_it_are_taken() {
+        use futures::FutureExt;
+        let (sender, mut receiver) = mpsc::channel(WAITING);
+        let large = || Said::Delta(ModelEvent::Text("x".repeat(LARGE + 1)));
+        let small = || Said::Delta(ModelEvent::Text("x".to_owned()));
+        assert_eq!(tell(&sender, large()).now_or_never(), Some(true));
+        assert_eq!(tell(&sender, small()).now_or_never(), Some(true));
+        assert_eq!(tell(&sender, large()).now_or_never(), None);
+        receiver.recv().await.unwrap();
+        assert_eq!(tell(&sender, large()).now_or_never(), None);
+        receiver.recv().await.unwrap();
+        assert_eq!(tell(&sender, large()).now_or_never(), Some(true));
+        drop(receiver);
+        assert_eq!(tell(&sender, large()).now_or_never(), Some(false));
     }
 }

@@ -88,6 +88,16 @@ async fn apply(
     migrator.run(connection).await
 }
 
+/// Connects once, so that what keeps the program from its database is told in Postgres' own words; a pool
+/// would only say that it had to wait.
+///
+/// # Errors
+/// Why the database cannot be reached.
+pub async fn reach(url: &str) -> Result<(), sqlx::Error> {
+    let connection = PgConnectOptions::from_str(url)?.connect().await?;
+    connection.close().await
+}
+
 /// How the database stands to this program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MigrationState {

@@ -29,7 +29,7 @@ pub use agents::{AgentRow, NewAgent};
 pub use credentials::{CredentialRow, SealedCredential};
 pub use keys::{KeyHash, KeyRow, NewKey};
 pub use memories::{MEMORY_LIMIT, Memories, MemoryOwner};
-pub use migrate::{MigrationError, MigrationState, migrate, migration_state};
+pub use migrate::{MigrationError, MigrationState, migrate, migration_state, reach};
 pub use organizations::OrganizationRow;
 pub use projects::{ProjectRow, ProjectStatus};
 pub use sessions::{MessageRow, NewMessage, SessionFilter, SessionRow};
