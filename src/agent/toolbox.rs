@@ -1,5 +1,7 @@
 //! Tools that run on the server while a turn goes on.
 
+use std::sync::Arc;
+
 use async_trait::async_trait;
 
 use crate::llm::{Tool, ToolCall};
@@ -8,7 +10,7 @@ use crate::llm::{Tool, ToolCall};
 #[async_trait]
 pub trait Toolbox: Send + Sync + std::fmt::Debug {
     /// The tools that the model is shown.
-    fn tools(&self) -> &[Tool];
+    fn tools(&self) -> &[Arc<Tool>];
 
     /// Runs a call, whatever its name, and returns what the model reads.
     ///

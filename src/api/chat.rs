@@ -115,7 +115,7 @@ pub async fn create_completion(
 }
 
 /// A tool of the caller's may not have the name of one that the server runs (contract 2.1.9).
-fn refuse_clashes(conversation: &Conversation, servers: &[Tool]) -> Result<(), ApiError> {
+fn refuse_clashes(conversation: &Conversation, servers: &[Arc<Tool>]) -> Result<(), ApiError> {
     let clash = conversation
         .tools
         .iter()
@@ -287,7 +287,7 @@ fn model_request(
         model,
         system: Some(system_prompt(persona, &conversation.context)),
         messages,
-        tools: conversation.tools,
+        tools: conversation.tools.into_iter().map(Arc::new).collect(),
         tool_choice: conversation.tool_choice,
         parallel_tool_calls: conversation.parallel_tool_calls,
         response_format: conversation.response_format,

@@ -4,6 +4,7 @@
 //! nothing above this room has ever seen a vendor's JSON, and it imports nothing of ours.
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -53,7 +54,7 @@ pub struct ModelRequest {
     /// The conversation, oldest first.
     pub messages: Vec<Message>,
     /// What the model may call.
-    pub tools: Vec<Tool>,
+    pub tools: Vec<Arc<Tool>>,
     /// Whether it must call something; `None` leaves it to the model.
     pub tool_choice: Option<ToolChoice>,
     /// Whether it may call several tools in one answer; `None` is the provider's default.

@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use futures::StreamExt;
 use reqwest::header::CONTENT_TYPE;
 use secrecy::{ExposeSecret, SecretString};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::http::{HttpClient, error_object};
@@ -82,9 +82,7 @@ impl OpenAi {
 #[async_trait]
 impl Provider for OpenAi {
     async fn stream(&self, request: ModelRequest) -> Result<ModelStream, ProviderError> {
-        let body = serde_json::to_vec(&body(&request, self.dialect)?).map_err(|error| {
-            ProviderError::Protocol(format!("the request cannot be written: {error}"))
-        })?;
+        let body = written(&request, self.dialect)?;
         let prompt_bytes = body.len();
         let mut post = self
             .client
@@ -122,6 +120,50 @@ impl Provider for OpenAi {
     }
 }
 
+/// A tool as OpenAI writes it.
+#[derive(Serialize)]
+struct WrittenTool<'a> {
+    r#type: &'static str,
+    function: WrittenFunction<'a>,
+}
+
+#[derive(Serialize)]
+struct WrittenFunction<'a> {
+    name: &'a str,
+    parameters: &'a Value,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    description: Option<&'a str>,
+}
+
+/// The request's body. Tools are written as they stand, at the end: they go out with every request, and a copy
+/// of them as values would cost more than all the rest.
+fn written(request: &ModelRequest, dialect: Dialect) -> Result<Vec<u8>, ProviderError> {
+    let unwritable = |error: serde_json::Error| {
+        ProviderError::Protocol(format!("the request cannot be written: {error}"))
+    };
+    let mut text = serde_json::to_vec(&body(request, dialect)?).map_err(unwritable)?;
+    if !request.tools.is_empty() {
+        let tools: Vec<WrittenTool<'_>> = request
+            .tools
+            .iter()
+            .map(|tool| WrittenTool {
+                r#type: "function",
+                function: WrittenFunction {
+                    name: &tool.name,
+                    parameters: &tool.parameters,
+                    description: tool.description.as_deref(),
+                },
+            })
+            .collect();
+        text.pop();
+        text.extend_from_slice(b",\"tools\":");
+        serde_json::to_writer(&mut text, &tools).map_err(unwritable)?;
+        text.push(b'}');
+    }
+    Ok(text)
+}
+
+/// Everything in the body but the tools.
 fn body(request: &ModelRequest, dialect: Dialect) -> Result<Value, ProviderError> {
     let system = request
         .system
@@ -139,16 +181,6 @@ fn body(request: &ModelRequest, dialect: Dialect) -> Result<Value, ProviderError
     if !request.whole {
         set("stream", json!(true));
         set("stream_options", json!({"include_usage": true}));
-    }
-    if !request.tools.is_empty() {
-        let tools = request.tools.iter().map(|tool| {
-            let mut function = json!({"name": tool.name, "parameters": tool.parameters});
-            if let Some(description) = &tool.description {
-                function["description"] = json!(description);
-            }
-            json!({"type": "function", "function": function})
-        });
-        set("tools", tools.collect());
     }
     set(
         "tool_choice",

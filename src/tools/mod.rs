@@ -1,5 +1,7 @@
 //! The tools that the server runs for its agents, and which of them an agent may use.
 
+use std::sync::{Arc, LazyLock};
+
 use async_trait::async_trait;
 use serde::de::DeserializeOwned;
 
@@ -11,6 +13,13 @@ mod http_fetch;
 mod memory;
 
 pub use http_fetch::Fetcher;
+
+/// Every tool there is, described once: a description is some hundred small values, and goes out with every request.
+static TOOLS: LazyLock<Vec<Arc<Tool>>> = LazyLock::new(|| {
+    let mut tools = memory::tools();
+    tools.push(http_fetch::tool());
+    tools.into_iter().map(Arc::new).collect()
+});
 
 /// The most bytes of a result that the model reads; the rest is cut, and the model is told so.
 const RESULT_LIMIT: usize = 64 * 1024;
@@ -43,7 +52,7 @@ pub struct ServerTools {
     db: ProjectDb,
     agent: String,
     fetcher: Fetcher,
-    tools: Vec<Tool>,
+    tools: Vec<Arc<Tool>>,
 }
 
 impl ServerTools {
@@ -53,9 +62,11 @@ impl ServerTools {
             .definition
             .get("allowedTools")
             .and_then(|list| serde_json::from_value(list.clone()).ok());
-        let mut tools = memory::tools();
-        tools.push(http_fetch::tool());
-        tools.retain(|tool| is_allowed(allowed.as_deref(), &tool.name));
+        let tools = TOOLS
+            .iter()
+            .filter(|tool| is_allowed(allowed.as_deref(), &tool.name))
+            .cloned()
+            .collect();
         Self {
             db,
             agent: agent.name.clone(),
@@ -67,7 +78,7 @@ impl ServerTools {
 
 #[async_trait]
 impl Toolbox for ServerTools {
-    fn tools(&self) -> &[Tool] {
+    fn tools(&self) -> &[Arc<Tool>] {
         &self.tools
     }
 
