@@ -82,7 +82,9 @@ impl OpenAi {
 #[async_trait]
 impl Provider for OpenAi {
     async fn stream(&self, request: ModelRequest) -> Result<ModelStream, ProviderError> {
-        let body = written(&request, self.dialect)?;
+        let body = serde_json::to_vec(&body(&request, self.dialect)?).map_err(|error| {
+            ProviderError::Protocol(format!("the request cannot be written: {error}"))
+        })?;
         let prompt_bytes = body.len();
         let mut post = self
             .client
@@ -135,36 +137,33 @@ struct WrittenFunction<'a> {
     description: Option<&'a str>,
 }
 
-/// The request's body. Tools are written as they stand, at the end: they go out with every request, and a copy
-/// of them as values would cost more than all the rest.
-fn written(request: &ModelRequest, dialect: Dialect) -> Result<Vec<u8>, ProviderError> {
-    let unwritable = |error: serde_json::Error| {
-        ProviderError::Protocol(format!("the request cannot be written: {error}"))
-    };
-    let mut text = serde_json::to_vec(&body(request, dialect)?).map_err(unwritable)?;
-    if !request.tools.is_empty() {
-        let tools: Vec<WrittenTool<'_>> = request
-            .tools
-            .iter()
-            .map(|tool| WrittenTool {
-                r#type: "function",
-                function: WrittenFunction {
-                    name: &tool.name,
-                    parameters: &tool.parameters,
-                    description: tool.description.as_deref(),
-                },
-            })
-            .collect();
-        text.pop();
-        text.extend_from_slice(b",\"tools\":");
-        serde_json::to_writer(&mut text, &tools).map_err(unwritable)?;
-        text.push(b'}');
-    }
-    Ok(text)
+/// The request's body. Tools are written as they stand: they go out with every request, and a copy of them as
+/// values would cost more than all the rest.
+#[derive(Serialize)]
+struct Body<'a> {
+    #[serde(flatten)]
+    settings: Map<String, Value>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    tools: Vec<WrittenTool<'a>>,
+}
+
+fn body(request: &ModelRequest, dialect: Dialect) -> Result<Body<'_>, ProviderError> {
+    let tools = request.tools.iter().map(|tool| WrittenTool {
+        r#type: "function",
+        function: WrittenFunction {
+            name: &tool.name,
+            parameters: &tool.parameters,
+            description: tool.description.as_deref(),
+        },
+    });
+    Ok(Body {
+        settings: settings(request, dialect)?,
+        tools: tools.collect(),
+    })
 }
 
 /// Everything in the body but the tools.
-fn body(request: &ModelRequest, dialect: Dialect) -> Result<Value, ProviderError> {
+fn settings(request: &ModelRequest, dialect: Dialect) -> Result<Map<String, Value>, ProviderError> {
     let system = request
         .system
         .iter()
@@ -241,7 +240,7 @@ fn body(request: &ModelRequest, dialect: Dialect) -> Result<Value, ProviderError
             effort => json!(effort),
         },
     );
-    Ok(Value::Object(body))
+    Ok(body)
 }
 
 fn message(message: &Message) -> Value {
