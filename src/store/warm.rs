@@ -1,4 +1,5 @@
-//! What a warm request needs without asking the database: its key, its agent, its credentials.
+//! What a warm request needs without asking the database: its key, its agent with
+//! its memories, its credentials.
 //!
 //! A change is seen at once by the process that made it, which calls [`Warm::forget`], and
 //! within a second by every other, which reads the `changes` tables every
@@ -28,14 +29,47 @@ pub(super) struct Warm {
     keys_used: RwLock<HashSet<Uuid>>,
 }
 
+/// Things that have a name in a world of a project.
+#[derive(Debug)]
+struct Named<T>(HashMap<(Uuid, World), HashMap<String, Arc<T>>>);
+
+impl<T> Default for Named<T> {
+    fn default() -> Self {
+        Self(HashMap::new())
+    }
+}
+
+impl<T> Named<T> {
+    fn get(&self, project: Uuid, world: World, name: &str) -> Option<&Arc<T>> {
+        self.0.get(&(project, world))?.get(name)
+    }
+
+    fn insert(&mut self, project: Uuid, world: World, name: &str, thing: Arc<T>) {
+        if self.0.len() >= MOST {
+            self.0.clear();
+        }
+        let things = self.0.entry((project, world)).or_default();
+        if things.len() >= MOST {
+            things.clear();
+        }
+        things.insert(name.to_owned(), thing);
+    }
+
+    fn forget(&mut self, project: Uuid) {
+        for world in World::ALL {
+            self.0.remove(&(project, world));
+        }
+    }
+}
+
 #[derive(Debug, Default)]
 struct Entries {
     /// Grows with every forgetting, so that what was read before one is not kept after it.
     generation: u64,
     confirmed: Option<Instant>,
     keys: HashMap<KeyHash, Arc<KeyRow>>,
-    agents: HashMap<(Uuid, World), HashMap<String, Arc<AgentRow>>>,
-    memories: HashMap<(Uuid, World), HashMap<String, Arc<Memories>>>,
+    agents: Named<AgentRow>,
+    memories: Named<Memories>,
     credentials: HashMap<Uuid, Arc<Vec<SealedCredential>>>,
     /// Numbers of the changes already acted on, per schema.
     seen: HashSet<(String, i64)>,
@@ -49,10 +83,8 @@ impl Entries {
     fn forget(&mut self, project: Uuid) {
         self.generation += 1;
         self.keys.retain(|_, key| key.project_id != project);
-        for world in World::ALL {
-            self.agents.remove(&(project, world));
-            self.memories.remove(&(project, world));
-        }
+        self.agents.forget(project);
+        self.memories.forget(project);
         self.credentials.remove(&project);
     }
 }
@@ -81,8 +113,7 @@ impl Warm {
         let entries = self.entries.read().expect(POISONED);
         entries
             .agents
-            .get(&(project, world))?
-            .get(name)
+            .get(project, world, name)
             .filter(|_| entries.trusted())
             .cloned()
     }
@@ -96,8 +127,7 @@ impl Warm {
         let entries = self.entries.read().expect(POISONED);
         entries
             .memories
-            .get(&(project, world))?
-            .get(agent)
+            .get(project, world, agent)
             .filter(|_| entries.trusted())
             .cloned()
     }
@@ -129,14 +159,7 @@ impl Warm {
         agent: Arc<AgentRow>,
     ) {
         self.keep(generation, |entries| {
-            if entries.agents.len() >= MOST {
-                entries.agents.clear();
-            }
-            let agents = entries.agents.entry((project, world)).or_default();
-            if agents.len() >= MOST {
-                agents.clear();
-            }
-            agents.insert(name.to_owned(), agent);
+            entries.agents.insert(project, world, name, agent);
         });
     }
 
@@ -152,14 +175,7 @@ impl Warm {
             return;
         }
         self.keep(generation, |entries| {
-            if entries.memories.len() >= MOST {
-                entries.memories.clear();
-            }
-            let kept = entries.memories.entry((project, world)).or_default();
-            if kept.len() >= MOST {
-                kept.clear();
-            }
-            kept.insert(agent.to_owned(), memories);
+            entries.memories.insert(project, world, agent, memories);
         });
     }
 
