@@ -200,9 +200,14 @@ async fn serve(role: Role, config: Config) -> anyhow::Result<()> {
     let bind = config.bind;
     let app = build(config)?;
     let unreachable = "DATABASE_URL names a database that cannot be reached";
-    reach(app.config.database_url()?)
-        .await
-        .context(unreachable)?;
+    tokio::time::timeout(
+        app.config.acquire_timeout(),
+        reach(app.config.database_url()?),
+    )
+    .await
+    .context("it does not answer")
+    .context(unreachable)?
+    .context(unreachable)?;
     match migration_state(&app.db).await.context(unreachable)? {
         MigrationState::Current => {}
         MigrationState::Behind => {

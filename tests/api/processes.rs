@@ -60,10 +60,13 @@ async fn a_wrong_setting_ends_the_start_with_one_sentence_that_names_it() {
     let url = database().await;
     let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let taken = taken.local_addr().unwrap().to_string();
+    // It lets whoever connects wait.
+    let silent = format!("postgres://polpo@{taken}/polpo");
     for (name, value) in [
         ("DATABASE_URL", ""),
         ("DATABASE_URL", "somewhere"),
         ("DATABASE_URL", "postgres://polpo@127.0.0.1:1/polpo"),
+        ("DATABASE_URL", &silent),
         ("POLPO_MASTER_KEY", ""),
         ("POLPO_MASTER_KEY", "0011"),
         ("POLPO_MASTER_KEY", &"xy".repeat(32)),
