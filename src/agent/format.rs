@@ -28,6 +28,11 @@ pub enum OutputFormat {
 pub struct FormatError(String);
 
 impl FormatError {
+    /// Nothing but the final answer may be said where JSON is to come, and a stream cannot take words back.
+    pub(super) fn said_before_a_tool() -> Self {
+        Self("there is text before a tool was called".to_owned())
+    }
+
     /// What the model is told so that it can answer again.
     pub(super) fn request_to_repair(&self) -> Message {
         let text = format!(

@@ -127,7 +127,13 @@ pub fn turn(
                 }
             }
             let Some(calls) = calls else { return };
-            follows |= message.text().is_some() && matches!(format, OutputFormat::Text);
+            if message.text().is_some() {
+                if matches!(format, OutputFormat::Text) {
+                    follows = true;
+                } else if repair == Repair::Never {
+                    Err(FormatError::said_before_a_tool())?;
+                }
+            }
             request.messages.push(message);
             for call in calls.ours {
                 yield TurnEvent::Tool(ToolUse { call: call.clone(), state: ToolState::Calling });

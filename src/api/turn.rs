@@ -143,6 +143,11 @@ impl Progress {
         }
     }
 
+    /// Whether the model is being asked, rather than done or waiting for a tool.
+    fn waits_for_the_model(&self) -> bool {
+        self.open.is_empty() && !matches!(self.said.last(), Some(Message::Assistant { .. }))
+    }
+
     /// Everything that was said. Providers refuse a call without a result, so those of the server's tools
     /// that were cut off get one; an answer that was cut off keeps its text alone.
     fn into_messages(self) -> Vec<Message> {
@@ -311,7 +316,9 @@ fn stored_messages(
     interrupted: bool,
 ) -> Result<Vec<NewMessage>, ApiError> {
     let now = Utc::now();
-    let last = said.len().saturating_sub(1);
+    let last = said
+        .iter()
+        .rposition(|message| matches!(message, Message::Assistant { .. }));
     let asked = turn
         .new_messages
         .iter()
@@ -321,7 +328,7 @@ fn stored_messages(
         .chain(
             said.into_iter()
                 .enumerate()
-                .map(|(index, message)| (message, interrupted && index == last, now)),
+                .map(|(index, message)| (message, interrupted && Some(index) == last, now)),
         )
         .map(|(message, interrupted, created_at)| {
             let mut body =
@@ -350,7 +357,8 @@ fn calls(model: &str, progress: &Progress, status: RunStatus) -> Vec<CallUsage> 
     let told = progress.steps.iter().map(|step| step.usage);
     // A call that was cut off never told what it used. One whose caller left was paid for,
     // even if the answer, asked for in one piece, was never seen.
-    let cut_off = !progress.answer.is_empty() || status == RunStatus::Interrupted;
+    let left = status == RunStatus::Interrupted && progress.waits_for_the_model();
+    let cut_off = !progress.answer.is_empty() || left;
     let cut = cut_off.then(|| Usage {
         prompt_tokens: progress.prompt_estimate,
         completion_tokens: estimate(progress.answer.text().len()),

@@ -83,6 +83,7 @@ impl Fetcher {
     }
 
     /// Runs a call and returns status, content type and body as the model reads them. Any status is a result.
+    /// Of a body no more is read than a result may hold.
     pub(super) async fn call(&self, call: &ToolCall) -> Result<String, String> {
         let fetch: Fetch = arguments(call)?;
         let url =
@@ -120,14 +121,9 @@ impl Fetcher {
                 break;
             }
         }
-        let cut = body.len() > RESULT_LIMIT;
-        body.truncate(RESULT_LIMIT);
-        match readable(&body, cut) {
+        match readable(&body, body.len() > RESULT_LIMIT) {
             Some(text) => result.push_str(text),
             None => result.push_str("[not text]"),
-        }
-        if cut {
-            let _ = write!(result, "\n[cut after {RESULT_LIMIT} bytes]");
         }
         Ok(result)
     }
@@ -162,7 +158,7 @@ fn headers(given: &BTreeMap<String, String>) -> Result<HeaderMap, String> {
     Ok(headers)
 }
 
-/// The body as text. One that was cut may end within a character.
+/// The body as text. One that was not read to its end may end within a character.
 fn readable(body: &[u8], cut: bool) -> Option<&str> {
     match std::str::from_utf8(body) {
         Ok(text) => Some(text),

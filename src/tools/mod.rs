@@ -4,6 +4,7 @@ use std::sync::{Arc, LazyLock};
 
 use async_trait::async_trait;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 use crate::agent::Toolbox;
 use crate::llm::{Tool, ToolCall};
@@ -23,15 +24,16 @@ static TOOLS: LazyLock<Vec<Arc<Tool>>> = LazyLock::new(|| {
 
 /// The most bytes of a result that the model reads; the rest is cut, and the model is told so.
 const RESULT_LIMIT: usize = 64 * 1024;
-/// What stands around a fetched body may go beyond it.
-const SLACK: usize = 1024;
 
 /// Whether an agent with this `allowedTools` may use a tool. `*` stands for any characters. Without a list
 /// these are the memory tools (design 0.1).
-pub fn is_allowed(allowed: Option<&[String]>, tool: &str) -> bool {
-    match allowed {
+fn is_allowed(allowed: Option<&Value>, tool: &str) -> bool {
+    match allowed.and_then(Value::as_array) {
         None => memory::is_one(tool),
-        Some(patterns) => patterns.iter().any(|pattern| matches(pattern, tool)),
+        Some(patterns) => patterns
+            .iter()
+            .filter_map(Value::as_str)
+            .any(|pattern| matches(pattern, tool)),
     }
 }
 
@@ -58,13 +60,10 @@ pub struct ServerTools {
 impl ServerTools {
     /// The tools that an agent's `allowedTools` admits.
     pub fn of(db: ProjectDb, agent: &AgentRow, fetcher: Fetcher) -> Self {
-        let allowed: Option<Vec<String>> = agent
-            .definition
-            .get("allowedTools")
-            .and_then(|list| serde_json::from_value(list.clone()).ok());
+        let allowed = agent.definition.get("allowedTools");
         let tools = TOOLS
             .iter()
-            .filter(|tool| is_allowed(allowed.as_deref(), &tool.name))
+            .filter(|tool| is_allowed(allowed, &tool.name))
             .cloned()
             .collect();
         Self {
@@ -110,16 +109,17 @@ fn arguments<T: DeserializeOwned>(call: &ToolCall) -> Result<T, String> {
 }
 
 fn cut(mut result: String) -> String {
-    if result.len() > RESULT_LIMIT + SLACK {
-        let whole = result.len();
+    if result.len() > RESULT_LIMIT {
         result.truncate(result.floor_char_boundary(RESULT_LIMIT));
-        result.push_str(&format!("\n[cut: {RESULT_LIMIT} of {whole} bytes]"));
+        result.push_str("\n[cut here: it is longer]");
     }
     result
 }
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     #[test]
@@ -144,7 +144,7 @@ mod tests {
     fn without_a_list_an_agent_has_the_memory_tools_and_with_an_empty_one_none() {
         assert!(is_allowed(None, "memory_append"));
         assert!(!is_allowed(None, "http_fetch"));
-        assert!(!is_allowed(Some(&[]), "memory_append"));
+        assert!(!is_allowed(Some(&json!([])), "memory_append"));
     }
 
     #[test]
@@ -152,6 +152,6 @@ mod tests {
         let long = "é".repeat(RESULT_LIMIT);
         let cut = cut(format!("a{long}"));
         assert!(cut.len() < RESULT_LIMIT + 64);
-        assert!(cut.ends_with(" bytes]"), "{}", &cut[RESULT_LIMIT - 4..]);
+        assert!(cut.ends_with("é\n[cut here: it is longer]"));
     }
 }

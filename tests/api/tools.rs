@@ -25,6 +25,15 @@ async fn ask(app: &TestApp, stream: bool) -> (u16, String, String) {
     )
 }
 
+/// What a stream tells of a tool in the end.
+async fn last_tool(app: &TestApp) -> Value {
+    let (_, _, text) = ask(app, true).await;
+    let mut told = frames(&text)
+        .into_iter()
+        .map(|frame| frame["choices"][0]["tool_call"].clone());
+    told.rfind(Value::is_object).unwrap()
+}
+
 async fn own_memory(app: &TestApp) -> String {
     let body = answer(app.get("/v1/memory/agent/noor")).await.1;
     body["content"].as_str().unwrap().to_owned()
@@ -228,13 +237,7 @@ async fn allowed_tools_decides_what_the_model_sees_and_may_call() {
         app.upstream
             .will(Reply::Stream(called(&[("c", name, &[arguments])])));
         app.upstream.will_say("I cannot.");
-        let (_, _, text) = ask(&app, true).await;
-        let frames = frames(&text);
-        let last = frames
-            .iter()
-            .map(|frame| &frame["choices"][0]["tool_call"])
-            .rfind(|tool| tool.is_object())
-            .unwrap();
+        let last = last_tool(&app).await;
         assert_eq!(last["state"], "error");
         assert!(
             last["result"].as_str().unwrap().contains(expected),
@@ -317,13 +320,7 @@ async fn the_memory_tools_read_add_and_replace_in_both_memories() {
             &[&arguments.to_string()],
         )])));
         app.upstream.will_say("done");
-        let (_, _, text) = ask(&app, true).await;
-        let frames = frames(&text);
-        let last = frames
-            .iter()
-            .map(|frame| &frame["choices"][0]["tool_call"])
-            .rfind(|tool| tool.is_object())
-            .unwrap();
+        let last = last_tool(&app).await;
         assert_eq!(last["state"], state, "{name}: {}", last["result"]);
         assert!(last["result"].as_str().unwrap().contains(result), "{last}");
     }
@@ -421,13 +418,7 @@ async fn a_caller_that_leaves_after_a_tool_ran_leaves_a_session_that_goes_on() {
 
 /// What `http_fetch` gives the model: its state and result.
 async fn fetch(app: &TestApp, arguments: Value) -> (String, String) {
-    let (_, _, text) = ask(app, true).await;
-    let frames = frames(&text);
-    let last = frames
-        .iter()
-        .map(|frame| &frame["choices"][0]["tool_call"])
-        .rfind(|tool| tool.is_object())
-        .unwrap();
+    let last = last_tool(app).await;
     assert_eq!(last["arguments"], arguments);
     (
         last["state"].as_str().unwrap().to_owned(),
@@ -470,7 +461,7 @@ async fn http_fetch_returns_status_type_and_body_and_follows_redirects() {
         "{}",
         &result[..60]
     );
-    assert!(result.ends_with("x\n[cut after 65536 bytes]"));
+    assert!(result.ends_with("x\n[cut here: it is longer]") && result.len() < 66_000);
     let asked = app.upstream.asked();
     let at = asked
         .iter()
@@ -529,4 +520,89 @@ async fn http_fetch_reaches_nothing_private_and_no_other_protocol() {
     }
     // Only the model was asked, twice each time.
     assert_eq!(app.upstream.asked().len(), 18);
+}
+
+#[tokio::test]
+async fn a_caller_that_leaves_while_a_tool_runs_leaves_a_marked_answer_and_a_result_that_says_so() {
+    let app = TestApp::start_with(&["--private-fetches", "true"]).await;
+    app.agent("noor").await;
+    answer(app.patch("/v1/agents/noor", json!({"allowedTools": ["http_fetch"]}))).await;
+    will_fetch(&app, &json!({"url": app.upstream.url}));
+    app.upstream.will(Reply::Hang(vec![]));
+    let mut response = app
+        .chat(json!({"agent": "noor", "stream": true, "messages": [{"role": "user", "content": "hi"}]}))
+        .send()
+        .await
+        .unwrap();
+    let session = response.headers()["x-session-id"]
+        .to_str()
+        .unwrap()
+        .to_owned();
+    let mut heard = String::new();
+    while !heard.contains("calling") {
+        heard.push_str(std::str::from_utf8(&response.chunk().await.unwrap().unwrap()).unwrap());
+    }
+    drop(response);
+    let path = format!("/v1/chat/sessions/{session}/messages");
+    eventually("the turn is recorded", || async {
+        answer(app.get(&path)).await.0 == 200
+    })
+    .await;
+    let message = answer(app.get(&path)).await.1["messages"][1].clone();
+    assert_eq!(message["interrupted"], true, "{message}");
+    assert!(
+        message["toolCalls"][0]["result"]
+            .as_str()
+            .unwrap()
+            .starts_with("Interrupted"),
+        "{message}"
+    );
+
+    app.upstream.will_say("on we go");
+    let request =
+        app.chat(json!({"agent": "noor", "messages": [{"role": "user", "content": "go on"}]}));
+    assert_eq!(answer(request.header("x-session-id", session)).await.0, 200);
+    let told = app.upstream.asked().last().unwrap()["messages"].clone();
+    let roles: Vec<&str> = told
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|message| message["role"].as_str().unwrap())
+        .collect();
+    assert_eq!(
+        roles,
+        ["system", "user", "assistant", "tool", "user"],
+        "{told}"
+    );
+}
+
+#[tokio::test]
+async fn where_json_is_asked_for_words_before_a_tool_do_not_count_and_break_a_stream() {
+    let app = TestApp::start().await;
+    app.agent("noor").await;
+    for stream in [false, true] {
+        let mut first = vec![chunk(
+            &json!({"role": "assistant", "content": "Let me look."}),
+            None,
+        )];
+        first.push(chunk(&json!({"tool_calls": [{"index": 0, "id": "c", "type": "function", "function": {"name": "memory_get", "arguments": "{}"}}]}), None));
+        first.extend(ending("tool_calls"));
+        app.upstream.will(Reply::Stream(first));
+        if !stream {
+            app.upstream.will_say("{\"found\":false}");
+        }
+        let ask = json!({"agent": "noor", "stream": stream, "response_format": {"type": "json_object"},
+            "messages": [{"role": "user", "content": "hi"}]});
+        let text = app.chat(ask).send().await.unwrap().text().await.unwrap();
+        if stream {
+            let last = frames(&text).pop().unwrap();
+            assert_eq!(last["error"]["code"], "provider_error", "{text}");
+        } else {
+            let body: Value = serde_json::from_str(&text).unwrap();
+            assert_eq!(
+                body["choices"][0]["message"]["content"],
+                "{\"found\":false}"
+            );
+        }
+    }
 }
