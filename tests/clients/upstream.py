@@ -2,7 +2,7 @@
 
 Prints its address and serves until it is ended: the API is at /v1, what it was asked at /requests. Standard library only.
 
-What the last user message says decides: `CALL weather` (`twice`) calls a tool, `STATUS 401|429|500` and `CONTEXT` refuse,
+What the last user message says decides: `CALL weather` (`twice`) calls a tool, `CALL memory` the server's, `STATUS 401|429|500` and `CONTEXT` refuse,
 `CUT` drops the connection midway, `FAIL` sends an error midway, `SLOW` takes two seconds, `RECALL` repeats what users said,
 `WRONG` breaks `response_format` (`ALWAYS WRONG` anywhere: every time). Anything else is greeted.
 """
@@ -82,6 +82,9 @@ def answer_to(request, asked):
         seed = hashlib.sha256(json.dumps(request["messages"]).encode()).hexdigest()
         return None, [{"id": f"call_{index}{seed[:23]}", "type": "function",
                        "function": {"name": "get_weather", "arguments": json.dumps({"city": city})}} for index, city in enumerate(cities)]
+    if says(asked, "CALL memory") and "memory_save" in tools:
+        return None, [{"id": "call_memory", "type": "function",
+                       "function": {"name": "memory_save", "arguments": json.dumps({"content": "Likes tea"})}}]
     if (request.get("response_format") or {}).get("type") in ("json_object", "json_schema"):
         return formatted(request, asked), []
     if says(asked, "RECALL"):

@@ -401,3 +401,19 @@ def test_who_is_no_sdk_reads_the_flat_error():
         error = json.load(failure.value)
         assert failure.value.code == 404
         assert (error["code"], error["error"]) == ("not_found", 'Agent "ghost" not found')
+
+
+# The server's own tools
+
+
+def test_the_servers_tools_run_unseen_in_a_plain_answer_and_beside_the_words_of_a_stream(ask, agent):
+    answer = ask("CALL memory")
+    assert (answer.choices[0].finish_reason, answer.choices[0].message.tool_calls) == ("stop", None)
+    assert answer.choices[0].message.content == "It is 21 degrees in Turin."
+    assert call("GET", f"{URL}/memory/agent/{agent}")[1]["content"] == "Likes tea"
+
+    chunks = list(ask("CALL memory", stream=True))
+    told = [chunk.choices[0].model_extra["tool_call"] for chunk in chunks if "tool_call" in (chunk.choices[0].model_extra or {})]
+    assert [tool["state"] for tool in told] == ["preparing", "calling", "completed"]
+    assert said(chunks) == "It is 21 degrees in Turin."
+    assert not any(chunk.choices[0].delta.tool_calls for chunk in chunks)
