@@ -1,7 +1,7 @@
 //! Model providers and their wire formats.
 //!
 //! Every adapter turns one vendor's stream into the same few [`ModelEvent`]s;
-//! nothing above this room has ever seen a vendor's JSON, and it imports nothing of ours.
+//! nothing above this room has ever seen a vendor's JSON, and of ours it imports only `net`.
 
 use std::fmt;
 use std::sync::Arc;
