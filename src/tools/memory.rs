@@ -53,39 +53,39 @@ struct Update {
 
 pub(super) fn tools() -> Vec<Tool> {
     let tool = |name: &str, description: &str, mut properties: Value, required: &[&str]| {
-        properties["scope"] = json!({
-            "type": "string", "enum": ["agent", "shared"],
-            "description": "`agent` (the default) is your own memory, `shared` the one of all agents of the project.",
-        });
+        properties["scope"] = json!({"enum": ["agent", "shared"]});
         Tool {
             name: name.to_owned(),
             description: Some(description.to_owned()),
             parameters: json!({"type": "object", "properties": properties, "required": required}),
         }
     };
-    let text = |what: &str| json!({"content": {"type": "string", "description": what}});
+    let content = || json!({"content": {"type": "string"}});
     let [get, save, append, update] = NAMES;
     vec![
-        tool(get, "Read a memory.", json!({}), &[]),
+        // These words are part of every prompt, and paid for each time: what one says, the others need not.
+        tool(
+            get,
+            "Read a memory: your own (scope `agent`, the default) or the one that all agents share (`shared`).",
+            json!({}),
+            &[],
+        ),
         tool(
             save,
-            "Replace a whole memory with a text.",
-            text("The new text, in Markdown."),
+            "Replace a whole memory with a Markdown text.",
+            content(),
             &["content"],
         ),
         tool(
             append,
-            "Add a line to a memory. It is stamped with the time.",
-            text("The line to add."),
+            "Add a line to a memory, stamped with the time.",
+            content(),
             &["content"],
         ),
         tool(
             update,
-            "Replace a passage of a memory wherever it occurs.",
-            json!({
-                "find": {"type": "string", "description": "The passage, exactly as it stands there."},
-                "replace": {"type": "string", "description": "What to put in its place; empty removes it."},
-            }),
+            "Replace an exact passage of a memory wherever it occurs.",
+            json!({"find": {"type": "string"}, "replace": {"type": "string"}}),
             &["find", "replace"],
         ),
     ]
