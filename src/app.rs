@@ -13,12 +13,14 @@ use uuid::Uuid;
 
 use crate::api;
 use crate::config::{Config, ConfigError};
-use crate::llm::{Credential, ProjectCredentials, Providers};
+use crate::llm::{Credential, ProjectCredentials, Provider, Providers, ResolveError};
 use crate::seal::{self, Seal, SealError, sha256};
 use crate::store::{
-    Db, KeyRow, NewKey, PoolSettings, ProjectDb, Result as StoreResult, StoreError, World,
+    AgentRow, Db, KeyRow, NewKey, PoolSettings, ProjectDb, Result as StoreResult, StoreError, World,
 };
+use crate::task::Settings;
 use crate::tools::Fetcher;
+use crate::work;
 
 /// The model of an agent that names none.
 pub const DEFAULT_MODEL: &str = "echo";
@@ -52,6 +54,8 @@ pub struct Shared {
     pub providers: Providers,
     /// The client of the tool `http_fetch`.
     pub fetcher: Fetcher,
+    /// The event streams' feeds.
+    pub feeds: api::events::Feeds,
     /// The request rates.
     pub limits: api::limit::Limits,
     /// Turns under way: they outlive their requests, and shutdown waits for them.
@@ -105,6 +109,7 @@ impl App {
             Fetcher::new(config.private_fetches).context("the HTTP client cannot start")?;
         Ok(Self(Arc::new(Shared {
             fetcher,
+            feeds: api::events::Feeds::default(),
             limits: api::limit::Limits::new(config.rate_limit),
             db,
             providers,
@@ -126,6 +131,12 @@ impl App {
             Role::Worker => api::health_router(self.clone()),
         };
         let server = api::server::serve(listener, router, self.stopping.clone());
+        let served = async {
+            match role {
+                Role::Api => server.await,
+                Role::All | Role::Worker => drop(tokio::join!(server, work::run(self.clone()))),
+            }
+        };
         let drained = async {
             stop.await;
             self.stopping.cancel();
@@ -139,8 +150,8 @@ impl App {
             tokio::time::sleep(LAST_WORDS).await;
         };
         tokio::select! {
-            () = server => {}
-            () = drained => tracing::warn!("some connections had to be cut"),
+            () = served => {}
+            () = drained => tracing::warn!("some connections or tasks had to be cut"),
             () = self.upkeep(role) => {}
         }
         self.stop_turns.cancel();
@@ -157,6 +168,20 @@ impl App {
         self.db.close().await;
     }
 
+    /// Deletes events that are older than they are kept.
+    async fn prune_events(&self) -> StoreResult<()> {
+        let kept = chrono::Duration::hours(i64::from(self.config.event_retention_hours));
+        for world in World::ALL {
+            while self
+                .db
+                .prune_events(world, chrono::Utc::now() - kept)
+                .await?
+                > 0
+            {}
+        }
+        Ok(())
+    }
+
     /// What goes on beside the requests. Ends only by being dropped.
     fn upkeep(&self, role: Role) -> impl Future<Output = ()> + Send + 'static {
         let app = self.clone();
@@ -170,6 +195,7 @@ impl App {
                         app.db.record_key_use().await?;
                         if role != Role::Api {
                             app.db.prune_changes().await?;
+                            app.prune_events().await?;
                         }
                         StoreResult::Ok(())
                     };
@@ -178,7 +204,7 @@ impl App {
                     }
                 }
             };
-            tokio::join!(app.db.follow_changes(), sweep);
+            tokio::join!(app.db.follow_changes(), app.db.carry_wakeups(), sweep);
         }
     }
 }
@@ -269,6 +295,42 @@ impl Shared {
             );
         }
         Ok(own)
+    }
+}
+
+/// The model that an agent runs with, as it or its project names it.
+pub fn model_of<'a>(agent: &'a AgentRow, settings: &'a Settings) -> &'a str {
+    agent
+        .definition
+        .get("model")
+        .and_then(serde_json::Value::as_str)
+        .or(settings.default_model.as_deref())
+        .unwrap_or(DEFAULT_MODEL)
+}
+
+/// Why a model cannot be asked.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    /// The project's provider keys cannot be used.
+    #[error(transparent)]
+    Credentials(#[from] CredentialsError),
+    /// Nobody serves it; ends a sentence.
+    #[error(transparent)]
+    Unusable(#[from] ResolveError),
+}
+
+impl Shared {
+    /// Who serves a model for a project, and the model's name there.
+    ///
+    /// # Errors
+    /// [`ModelError`].
+    pub async fn resolve(
+        &self,
+        door: &ProjectDb,
+        model: &str,
+    ) -> Result<(Arc<dyn Provider>, String), ModelError> {
+        let own = self.credentials(door).await?;
+        Ok(self.providers.resolve(model, &own)?)
     }
 }
 

@@ -88,6 +88,22 @@ pub struct Config {
     #[arg(long, env = "POLPO_PRIVATE_FETCHES", default_value_t = false, action = clap::ArgAction::Set)]
     pub private_fetches: bool,
 
+    /// The most jobs that this process does at once.
+    #[arg(long, env = "POLPO_WORKER_SLOTS", default_value_t = 256, value_parser = slots)]
+    pub worker_slots: usize,
+
+    /// The pause before the first retry of a task, in milliseconds; it doubles with each.
+    #[arg(long, env = "POLPO_RETRY_BACKOFF_MS", default_value_t = 1_000)]
+    pub retry_backoff_ms: u64,
+
+    /// How long the event log is kept, in hours.
+    #[arg(long, env = "POLPO_EVENT_RETENTION_HOURS", default_value_t = 168, value_parser = clap::value_parser!(u32).range(1..))]
+    pub event_retention_hours: u32,
+
+    /// How often an event stream that is silent sends a heartbeat, in milliseconds. Fixed but for tests.
+    #[arg(long, hide = true, default_value_t = 30_000)]
+    pub heartbeat_ms: u64,
+
     /// How the log is written.
     #[arg(long, env = "POLPO_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
@@ -99,6 +115,14 @@ pub struct Config {
         default_value = "info,sqlx::postgres::notice=warn"
     )]
     pub log: String,
+}
+
+/// More at once would only wait for each other.
+fn slots(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(slots) if (1..=10_000).contains(&slots) => Ok(slots),
+        _ => Err("it must be from 1 to 10000".to_owned()),
+    }
 }
 
 /// How the log is written.

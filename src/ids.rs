@@ -38,6 +38,12 @@ kinds! {
     Message = "msg",
     /// One turn of the agent loop.
     Run = "run",
+    /// A task.
+    Task = "task",
+    /// A request for a person's yes.
+    Approval = "apr",
+    /// What a run left behind.
+    Outcome = "out",
 }
 
 /// The text is not an id of the expected kind.

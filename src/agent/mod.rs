@@ -12,15 +12,17 @@ use crate::llm::{
     Usage,
 };
 
+mod compact;
 mod format;
 mod prompt;
 mod toolbox;
 
+pub use compact::Compaction;
 pub use format::{FormatError, OutputFormat};
 pub use prompt::{Persona, system_prompt};
 pub use toolbox::{ToolState, ToolUse, Toolbox};
 
-/// The most calls of the model in one turn (contract 2.1.6).
+/// The most calls of the model in one turn of a chat (contract 2.1.6).
 pub const MODEL_CALLS: u32 = 20;
 
 /// What happens in a turn, in order.
@@ -35,6 +37,8 @@ pub enum TurnEvent {
     Restarted,
     /// One call of the model has ended. The server's tools that it calls run after this.
     Step(Step),
+    /// The conversation was shortened so that it fits the model.
+    Compacted(Compaction),
 }
 
 /// What one call of the model came to.
@@ -57,9 +61,9 @@ pub enum TurnError {
     /// The answer is not what `response_format` asks for.
     #[error("the model's answer does not fit `response_format`: {0}")]
     Format(#[from] FormatError),
-    /// The model called tools [`MODEL_CALLS`] times over and gave no answer.
-    #[error("the agent called tools {MODEL_CALLS} times over without an answer")]
-    TooManyCalls,
+    /// The model called tools as often as it may and gave no answer.
+    #[error("the agent called tools {0} times over without an answer")]
+    TooManyCalls(u32),
 }
 
 /// What may be done about an answer of the wrong format.
@@ -71,6 +75,35 @@ pub enum Repair {
     Once,
 }
 
+/// How a turn is to go.
+#[derive(Debug, Clone)]
+pub struct Course {
+    /// What its answer must be.
+    pub format: OutputFormat,
+    /// What may be done about an answer that is not.
+    pub repair: Repair,
+    /// The most calls of the model.
+    pub calls: u32,
+    /// Calls of the server's tools, at the end of the conversation, that have no result yet: where a turn
+    /// that was cut off goes on.
+    pub open: Vec<ToolCall>,
+    /// How many tokens the model can read; the conversation is shortened before it has more. `None` leaves it alone.
+    pub window: Option<u64>,
+}
+
+impl Course {
+    /// A turn of a chat.
+    pub fn chat(format: OutputFormat, repair: Repair) -> Self {
+        Self {
+            format,
+            repair,
+            calls: MODEL_CALLS,
+            open: Vec::new(),
+            window: None,
+        }
+    }
+}
+
 /// One turn of an agent: asks the model, runs the server's tools that it calls, asks again, checks the
 /// answer's format, and ends with an answer or with calls of the caller's tools.
 ///
@@ -79,62 +112,79 @@ pub enum Repair {
 pub fn turn(
     provider: Arc<dyn Provider>,
     mut request: ModelRequest,
-    format: OutputFormat,
-    repair: Repair,
+    course: Course,
     toolbox: Arc<dyn Toolbox>,
 ) -> impl Stream<Item = Result<TurnEvent, TurnError>> + Send {
     async_stream::try_stream! {
+        let Course { format, repair, calls: most, mut open, window } = course;
         format.prepare(&mut request, provider.supports_json_schema());
         let callers: HashSet<String> = request.tools.iter().map(|tool| tool.name.clone()).collect();
         request.tools.extend_from_slice(toolbox.tools());
         let mut repairs_left = u8::from(repair == Repair::Once);
+        let mut compactor = compact::Compactor::new(window);
         // Whether the next words follow others, said before a tool was called.
         let mut follows = false;
-        for _ in 0..MODEL_CALLS {
-            let mut answer = Answer::default();
-            let mut places = Places::new(&callers);
-            let mut stream = provider.stream(request.clone()).await?;
-            let step = loop {
-                let event = stream.next().await.ok_or_else(|| {
-                    ProviderError::Protocol("the stream ended without a finish".to_owned())
-                })??;
-                if let ModelEvent::Finished { reason, usage } = event {
-                    break answer.into_step(reason, usage);
+        let mut asked = 0;
+        loop {
+            let calls = if open.is_empty() {
+                if asked == most {
+                    Err(TurnError::TooManyCalls(most))?;
                 }
-                answer.push(&event);
-                if follows && matches!(event, ModelEvent::Text(_)) {
-                    follows = false;
-                    yield TurnEvent::Delta(ModelEvent::Text("\n\n".to_owned()));
+                asked += 1;
+                while let Some(compaction) = compactor.shorten(&*provider, &mut request).await? {
+                    yield TurnEvent::Compacted(compaction);
                 }
-                if let Some(event) = places.route(event) {
-                    yield event;
+                let mut answer = Answer::default();
+                let mut places = Places::new(&callers);
+                let mut stream = match provider.stream(request.clone()).await {
+                    Err(ProviderError::ContextTooLong) if compactor.insist(&request) => continue,
+                    stream => stream?,
+                };
+                let step = loop {
+                    let event = stream.next().await.ok_or_else(|| {
+                        ProviderError::Protocol("the stream ended without a finish".to_owned())
+                    })??;
+                    if let ModelEvent::Finished { reason, usage } = event {
+                        break answer.into_step(reason, usage);
+                    }
+                    answer.push(&event);
+                    if follows && matches!(event, ModelEvent::Text(_)) {
+                        follows = false;
+                        yield TurnEvent::Delta(ModelEvent::Text("\n\n".to_owned()));
+                    }
+                    if let Some(event) = places.route(event) {
+                        yield event;
+                    }
+                };
+                drop(stream);
+                let checked = format.check(&step);
+                let message = step.message.clone();
+                let calls = step.calls_to_run(&callers);
+                yield TurnEvent::Step(step);
+                if let Err(error) = checked {
+                    if repairs_left == 0 {
+                        Err(error)?;
+                    } else {
+                        repairs_left -= 1;
+                        request.messages.push(message);
+                        request.messages.push(error.request_to_repair());
+                        yield TurnEvent::Restarted;
+                        continue;
+                    }
                 }
+                let Some(calls) = calls else { return };
+                if message.text().is_some() {
+                    if matches!(format, OutputFormat::Text) {
+                        follows = true;
+                    } else if repair == Repair::Never {
+                        Err(FormatError::said_before_a_tool())?;
+                    }
+                }
+                request.messages.push(message);
+                calls
+            } else {
+                Calls { ours: std::mem::take(&mut open), theirs: false }
             };
-            drop(stream);
-            let checked = format.check(&step);
-            let message = step.message.clone();
-            let calls = step.calls_to_run(&callers);
-            yield TurnEvent::Step(step);
-            if let Err(error) = checked {
-                if repairs_left == 0 {
-                    Err(error)?;
-                } else {
-                    repairs_left -= 1;
-                    request.messages.push(message);
-                    request.messages.push(error.request_to_repair());
-                    yield TurnEvent::Restarted;
-                    continue;
-                }
-            }
-            let Some(calls) = calls else { return };
-            if message.text().is_some() {
-                if matches!(format, OutputFormat::Text) {
-                    follows = true;
-                } else if repair == Repair::Never {
-                    Err(FormatError::said_before_a_tool())?;
-                }
-            }
-            request.messages.push(message);
             for call in calls.ours {
                 yield TurnEvent::Tool(ToolUse { call: call.clone(), state: ToolState::Calling });
                 let state = match toolbox.call(&call).await {
@@ -155,7 +205,6 @@ pub fn turn(
                 request.tool_choice = None;
             }
         }
-        Err(TurnError::TooManyCalls)?;
     }
 }
 
@@ -168,6 +217,18 @@ struct Calls {
 }
 
 impl Step {
+    /// Whether the server is to run tools that it calls, when its caller has none: then the turn goes on after it.
+    pub fn first_call(&self) -> Option<&ToolCall> {
+        match &self.message {
+            Message::Assistant { tool_calls, .. }
+                if matches!(self.reason, FinishReason::ToolCalls | FinishReason::Stop) =>
+            {
+                tool_calls.first()
+            }
+            _ => None,
+        }
+    }
+
     /// What the server is to run; `None` ends the turn. An answer that was cut off may hold half a call.
     fn calls_to_run(&self, callers: &HashSet<String>) -> Option<Calls> {
         let Message::Assistant { tool_calls, .. } = &self.message else {

@@ -17,6 +17,9 @@ pub trait Toolbox: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// What the model reads when it did not work; it may try again or do something else.
     async fn call(&self, call: &ToolCall) -> Result<String, String>;
+
+    /// Whether a call that may have been done already can be done again without harm.
+    fn is_repeatable(&self, call: &ToolCall) -> bool;
 }
 
 /// A call of a server's tool, and how far it has come.

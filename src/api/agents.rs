@@ -11,7 +11,7 @@ use super::extract::{Door, Json, Listed, Page, Path, Query};
 use crate::app::App;
 use crate::ids::{self, Id};
 use crate::llm::Effort;
-use crate::store::{AgentRow, NewAgent, StoreError};
+use crate::store::{AgentRow, NewAgent, ProcessRow, StoreError};
 
 /// The fields of an agent that a caller sets. What is stored is what was given; this is what it must look like.
 #[derive(Debug, Default, Serialize, Deserialize, utoipa::ToSchema)]
@@ -35,6 +35,9 @@ pub struct AgentFields {
     /// The most tasks at once.
     #[schema(minimum = 1)]
     pub max_concurrency: Option<u32>,
+    /// How many tokens its model can read; known for the usual models.
+    #[schema(minimum = 1000)]
+    pub context_window: Option<u64>,
     /// How much it thinks first: `off`, `minimal`, `low`, `medium`, `high` or `xhigh`.
     #[schema(value_type = Option<String>)]
     pub reasoning: Option<Effort>,
@@ -129,6 +132,7 @@ const FIELDS: &[&str] = &[
     "skills",
     "maxTurns",
     "maxConcurrency",
+    "contextWindow",
     "reasoning",
     "reportsTo",
     "identity",
@@ -340,23 +344,121 @@ pub async fn update_agent(
         .update_agent(agent.id, &team, &definition)
         .await
         .map_err(|error| refused(error, &name, &team))?;
+    // It may take more tasks at once now; those that wait look for themselves.
+    tx.unpark_all().await?;
     tx.commit().await?;
     Ok(Json(agent.into()))
 }
 
 /// Delete an agent. Its sessions stay.
 #[utoipa::path(delete, path = "/agents/{name}", tag = "Agents", params(("name" = String, Path, description = "Its name or id")),
-    responses((status = 200, description = "It is gone", body = Removed), (status = 404, description = "No such agent", body = ErrorBody)))]
+    responses(
+        (status = 200, description = "It is gone", body = Removed),
+        (status = 404, description = "No such agent", body = ErrorBody),
+        (status = 409, description = "It has unfinished tasks", body = ErrorBody),
+    ))]
 pub async fn delete_agent(
     Door(db): Door,
     Path(name): Path<String>,
 ) -> Result<Json<Removed>, ApiError> {
     let mut tx = db.begin().await?;
+    let agent = tx
+        .lock_agent(&name)
+        .await
+        .map_err(|error| missing(error, &name))?;
+    if tx.has_unfinished_tasks(&agent.name).await? {
+        return Err(ApiError::Conflict(format!(
+            "Agent \"{}\" has tasks that are not finished. Wait for them, kill them, or give them to another agent.",
+            agent.name
+        )));
+    }
     tx.delete_agent(&name)
         .await
         .map_err(|error| missing(error, &name))?;
     tx.commit().await?;
     Ok(Json(Removed { removed: true }))
+}
+
+/// What an agent is at.
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ProcessView {
+    /// The agent.
+    pub agent_name: String,
+    /// The number of the server process that runs it.
+    pub pid: i64,
+    /// The task.
+    #[schema(value_type = String)]
+    pub task_id: Id<ids::Task>,
+    /// When the run began.
+    pub started_at: DateTime<Utc>,
+    /// Always true: what has ended is not listed.
+    pub alive: bool,
+    /// How far it is.
+    pub activity: ActivityView,
+}
+
+/// How far a run is.
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ActivityView {
+    /// The tool that was used last.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_tool: Option<String>,
+    /// None until there is a sandbox.
+    pub files_created: Vec<String>,
+    /// None until there is a sandbox.
+    pub files_edited: Vec<String>,
+    /// How many tools were used.
+    pub tool_calls: i64,
+    /// How many tokens were used.
+    pub total_tokens: i64,
+    /// When it last came further.
+    pub last_update: DateTime<Utc>,
+}
+
+/// List what agents are at.
+#[utoipa::path(get, path = "/agents/processes", tag = "Agents",
+    responses((status = 200, description = "The longest running first, at most 1,000", body = Vec<ProcessView>)))]
+pub async fn list_processes(Door(db): Door) -> Result<Json<Vec<ProcessView>>, ApiError> {
+    let rows = db.processes().await?;
+    let view = |row: ProcessRow| ProcessView {
+        agent_name: row.agent,
+        pid: row.pid,
+        task_id: row.task,
+        started_at: row.started_at,
+        alive: true,
+        activity: ActivityView {
+            last_tool: row.last_tool,
+            files_created: Vec::new(),
+            files_edited: Vec::new(),
+            tool_calls: row.tool_calls,
+            total_tokens: row.total_tokens,
+            last_update: row.last_update,
+        },
+    };
+    Ok(Json(rows.into_iter().map(view).collect()))
+}
+
+/// What the last run of a task did; nothing when there is no such run.
+#[utoipa::path(get, path = "/agents/processes/{taskId}/activity", tag = "Agents", params(("taskId" = String, Path, description = "The task's id")),
+    responses((status = 200, description = "Its steps", body = Vec<Object>)))]
+pub async fn read_process_activity(
+    Door(db): Door,
+    Path(task_id): Path<String>,
+) -> Result<Json<Vec<Value>>, ApiError> {
+    let run = match task_id.parse() {
+        Ok(id) => match db.task(id).await {
+            Ok(task) => task.run,
+            Err(StoreError::NotFound) => None,
+            Err(error) => return Err(error.into()),
+        },
+        Err(_) => None,
+    };
+    match run {
+        Some(run) => Ok(Json(super::tasks::entries(&db.all_steps(run).await?))),
+        None => Ok(Json(Vec::new())),
+    }
 }
 
 /// Puts the known fields of a change over those there are.
@@ -398,6 +500,16 @@ fn check(app: &App, definition: &Map<String, Value>) -> Result<(), ApiError> {
                 format!("`{key}` must be at least 1."),
             ));
         }
+    }
+    if definition
+        .get("contextWindow")
+        .and_then(Value::as_u64)
+        .is_some_and(|tokens| tokens < 1000)
+    {
+        return Err(ApiError::invalid(
+            "contextWindow",
+            "`contextWindow` must be at least 1000.",
+        ));
     }
     match definition.get("model").and_then(Value::as_str) {
         Some(model) if !app.providers.knows(model) => Err(ApiError::invalid(

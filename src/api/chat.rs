@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::State;
-use axum::http::{HeaderMap, HeaderValue, header};
+use axum::http::{HeaderMap, HeaderValue};
 use axum::response::{IntoResponse, Response};
 use chrono::Utc;
 use serde_json::Value;
@@ -18,9 +18,10 @@ use super::openai::{
     ChatChoice, ChatCompletion, ChatRequest, ChunkWriter, assistant_message, finish_word,
     usage_object,
 };
+use super::sse::event_stream;
 use super::turn::{self, Said, Turn};
-use crate::agent::{Answer, OutputFormat, Persona, Repair, Toolbox, system_prompt};
-use crate::app::App;
+use crate::agent::{Answer, Course, OutputFormat, Persona, Repair, Toolbox, system_prompt};
+use crate::app::{self, App, ModelError};
 use crate::ids::{Id, Run, Session};
 use crate::llm::{Effort, Message, ModelEvent, ModelRequest, Provider, Tool};
 use crate::store::{AgentRow, Memories, ProjectDb, StoreError};
@@ -99,7 +100,14 @@ pub async fn create_completion(
         ..model_request(&agent, &memories, model, conversation, history)
     };
     let repair = if streams { Repair::Never } else { Repair::Once };
-    let mut said = turn::begin(&app, turn, provider, model_request, format, repair, toolbox);
+    let mut said = turn::begin(
+        &app,
+        turn,
+        provider,
+        model_request,
+        Course::chat(format, repair),
+        toolbox,
+    );
     let response = if streams {
         let usage = request
             .stream_options
@@ -191,20 +199,17 @@ async fn resolve_model(
     db: &ProjectDb,
     agent: &AgentRow,
 ) -> Result<(Arc<dyn Provider>, String, String), ApiError> {
-    let name = agent
-        .definition
-        .get("model")
-        .and_then(Value::as_str)
-        .unwrap_or(crate::app::DEFAULT_MODEL);
-    let own = app.credentials(db).await?;
-    let (provider, model) = app.providers.resolve(name, &own).map_err(|error| {
-        ApiError::invalid(
+    let settings = db.settings().await?;
+    let name = app::model_of(agent, &settings);
+    let (provider, model) = app.resolve(db, name).await.map_err(|error| match error {
+        ModelError::Credentials(error) => error.into(),
+        ModelError::Unusable(error) => ApiError::invalid(
             "model",
             format!(
                 "The model of agent \"{}\" cannot be used: {error}.",
                 agent.name
             ),
-        )
+        ),
     })?;
     Ok((provider, name.to_owned(), model))
 }
@@ -371,16 +376,5 @@ async fn stream_answer(
         include_usage,
     );
     let body = Body::from_stream(turn::frames(writer, first, said, keep_alive));
-    let mut response = body.into_response();
-    let headers = response.headers_mut();
-    headers.insert(
-        header::CONTENT_TYPE,
-        HeaderValue::from_static("text/event-stream; charset=utf-8"),
-    );
-    headers.insert(
-        header::CACHE_CONTROL,
-        HeaderValue::from_static("no-cache, no-transform"),
-    );
-    headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
-    Ok(response)
+    Ok(event_stream(body))
 }

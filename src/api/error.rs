@@ -26,6 +26,9 @@ pub enum ApiError {
     /// A thing that does not exist, or is another's.
     #[error("{0}")]
     NotFound(String),
+    /// It was there, and is not kept any more.
+    #[error("{0}")]
+    Gone(String),
     /// A parameter is missing or wrong.
     #[error("{message}")]
     BadRequest {
@@ -99,6 +102,7 @@ impl ApiError {
         match self {
             Self::Unauthorized | Self::InvalidApiKey => StatusCode::UNAUTHORIZED,
             Self::NotFound(_) => StatusCode::NOT_FOUND,
+            Self::Gone(_) => StatusCode::GONE,
             Self::BadRequest { .. } => StatusCode::BAD_REQUEST,
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             Self::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
@@ -117,7 +121,7 @@ impl ApiError {
         match self {
             Self::Unauthorized => ("unauthorized", "authentication_error"),
             Self::InvalidApiKey => ("invalid_api_key", "authentication_error"),
-            Self::NotFound(_) => ("not_found", "not_found_error"),
+            Self::NotFound(_) | Self::Gone(_) => ("not_found", "not_found_error"),
             Self::BadRequest { .. }
             | Self::MethodNotAllowed
             | Self::TooLarge
@@ -161,7 +165,9 @@ impl From<StoreError> for ApiError {
         match error {
             StoreError::NotFound => Self::NotFound("Not found".to_owned()),
             StoreError::Unavailable(_) => Self::Unavailable(error.into()),
-            StoreError::Constraint(_) | StoreError::Unexpected(_) => Self::Internal(error.into()),
+            StoreError::LeaseLost | StoreError::Constraint(_) | StoreError::Unexpected(_) => {
+                Self::Internal(error.into())
+            }
         }
     }
 }
@@ -229,7 +235,7 @@ impl From<TurnError> for ApiError {
     fn from(error: TurnError) -> Self {
         match error {
             TurnError::Provider(error) => error.into(),
-            TurnError::TooManyCalls => Self::Provider(
+            TurnError::TooManyCalls(_) => Self::Provider(
                 "The agent called its tools over and over and gave no answer. Change its prompt, or take tools out of its `allowedTools`.".to_owned(),
             ),
             TurnError::Format(error) => Self::Provider(format!(

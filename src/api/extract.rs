@@ -23,32 +23,61 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Json<T> {
         if !is_json(request.headers()) {
             return Err(ApiError::UnsupportedMediaType);
         }
-        let bytes = Bytes::from_request(request, state)
-            .await
-            .map_err(|rejection| {
-                if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE {
-                    ApiError::TooLarge
-                } else {
-                    ApiError::BadRequest {
-                        message: cause(&rejection),
-                        param: None,
-                    }
-                }
-            })?;
-        if has_nul(&bytes) {
-            let message = "Text may not hold NUL characters (\\u0000).".to_owned();
-            return Err(ApiError::BadRequest {
-                message,
-                param: None,
-            });
-        }
-        axum::Json::from_bytes(&bytes)
-            .map(|axum::Json(value)| Self(value))
-            .map_err(|rejection: JsonRejection| ApiError::BadRequest {
-                message: cause(&rejection),
-                param: None,
-            })
+        let bytes = read_body(request, state).await?;
+        parse(&bytes).map(Self)
     }
+}
+
+/// A JSON body that may be absent, which is the same as an empty object.
+#[derive(Debug)]
+pub struct MaybeJson<T>(pub T);
+
+impl<T: DeserializeOwned + Default, S: Send + Sync> FromRequest<S> for MaybeJson<T> {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
+        let typed = is_json(request.headers());
+        let bytes = read_body(request, state).await?;
+        if bytes.is_empty() {
+            Ok(Self(T::default()))
+        } else if typed {
+            parse(&bytes).map(|body: Option<T>| Self(body.unwrap_or_default()))
+        } else {
+            Err(ApiError::UnsupportedMediaType)
+        }
+    }
+}
+
+async fn read_body<S: Send + Sync>(request: Request, state: &S) -> Result<Bytes, ApiError> {
+    let bytes = Bytes::from_request(request, state)
+        .await
+        .map_err(|rejection| {
+            if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE {
+                ApiError::TooLarge
+            } else {
+                ApiError::BadRequest {
+                    message: cause(&rejection),
+                    param: None,
+                }
+            }
+        })?;
+    if has_nul(&bytes) {
+        let message = "Text may not hold NUL characters (\\u0000).".to_owned();
+        return Err(ApiError::BadRequest {
+            message,
+            param: None,
+        });
+    }
+    Ok(bytes)
+}
+
+fn parse<T: DeserializeOwned>(bytes: &Bytes) -> Result<T, ApiError> {
+    axum::Json::from_bytes(bytes)
+        .map(|axum::Json(value)| value)
+        .map_err(|rejection: JsonRejection| ApiError::BadRequest {
+            message: cause(&rejection),
+            param: None,
+        })
 }
 
 fn is_json(headers: &HeaderMap) -> bool {

@@ -21,11 +21,14 @@ use crate::config::Config;
 use error::ApiError;
 
 pub mod agents;
+pub mod approvals;
 pub mod auth;
 pub mod chat;
 pub mod conversation;
 pub mod error;
+pub mod events;
 pub mod extract;
+mod follow;
 pub mod health;
 pub mod limit;
 pub mod memory;
@@ -34,6 +37,9 @@ pub mod openai;
 pub mod platform;
 pub mod server;
 pub mod sessions;
+pub mod settings;
+mod sse;
+pub mod tasks;
 pub mod teams;
 pub mod turn;
 
@@ -85,6 +91,36 @@ fn project_routes() -> OpenApiRouter<App> {
             memory::read_agent_memory,
             memory::save_agent_memory
         ))
+        .routes(routes!(agents::list_processes))
+        .routes(routes!(agents::read_process_activity))
+        .routes(routes!(
+            tasks::list_tasks,
+            tasks::create_task,
+            tasks::delete_tasks
+        ))
+        .routes(routes!(
+            tasks::read_task,
+            tasks::update_task,
+            tasks::delete_task
+        ))
+        .routes(routes!(tasks::run_task))
+        .routes(routes!(tasks::execute_task))
+        .routes(routes!(tasks::pause_task))
+        .routes(routes!(tasks::kill_task))
+        .routes(routes!(tasks::force_fail_task))
+        .routes(routes!(tasks::retry_task))
+        .routes(routes!(tasks::reassess_task))
+        .routes(routes!(tasks::queue_task))
+        .routes(routes!(tasks::read_activity))
+        .routes(routes!(approvals::list_approvals))
+        .routes(routes!(approvals::read_approval))
+        .routes(routes!(approvals::approve))
+        .routes(routes!(approvals::reject))
+        .routes(routes!(approvals::revise))
+        .routes(routes!(events::read_events))
+        .routes(routes!(events::stream_events))
+        .routes(routes!(settings::read_settings, settings::update_settings))
+        .routes(routes!(settings::update_settings_alias))
         .routes(routes!(teams::list_teams, teams::create_team))
         .routes(routes!(teams::read_team, teams::update_team))
         .routes(routes!(teams::delete_team))

@@ -16,9 +16,7 @@ use tokio::sync::mpsc;
 
 use super::error::ApiError;
 use super::openai::ChunkWriter;
-use crate::agent::{
-    self, Answer, OutputFormat, Repair, Step, ToolState, ToolUse, Toolbox, TurnError, TurnEvent,
-};
+use crate::agent::{self, Answer, Course, Step, ToolState, ToolUse, Toolbox, TurnError, TurnEvent};
 use crate::app::App;
 use crate::ids::{Id, Run, Session};
 use crate::llm::{FinishReason, Message, ModelEvent, ModelRequest, Part, Provider, Usage};
@@ -110,15 +108,14 @@ pub fn begin(
     turn: Turn,
     provider: Arc<dyn Provider>,
     request: ModelRequest,
-    format: OutputFormat,
-    repair: Repair,
+    course: Course,
     toolbox: Arc<dyn Toolbox>,
 ) -> mpsc::Receiver<Said> {
     let (sender, receiver) = mpsc::channel(WAITING);
     let stop = app.stop_turns.clone();
     app.turns.spawn(async move {
         let mut progress = Progress { prompt_estimate: estimate_prompt(&request), ..Progress::default() };
-        let events = agent::turn(provider, request, format, repair, toolbox);
+        let events = agent::turn(provider, request, course, toolbox);
         let outcome = tokio::select! {
             outcome = listen(events, &sender, &mut progress) => outcome,
             () = stop.cancelled() => Outcome::Failed(ApiError::Unavailable(anyhow::anyhow!("the server is stopping"))),
@@ -207,6 +204,8 @@ async fn listen(
                 progress.said.pop();
                 Said::Restarted
             }
+            // A chat's course has no window: its history is bounded already.
+            Some(Ok(TurnEvent::Compacted(_))) => continue,
             Some(Ok(TurnEvent::Step(step))) => {
                 progress.answer = Answer::default();
                 progress.said.push(step.message.clone());

@@ -286,6 +286,25 @@ pub struct Usage {
     pub estimated: bool,
 }
 
+/// How many tokens a model can read, by its name; a cautious number for those we do not know.
+pub fn context_window(model: &str) -> u64 {
+    let bare = model.rsplit([':', '/']).next().unwrap_or(model);
+    let known = [
+        ("claude-", 200_000),
+        ("gpt-5", 400_000),
+        ("gpt-4.1", 1_000_000),
+        ("gemini-", 1_000_000),
+        ("o1", 200_000),
+        ("o3", 200_000),
+        ("o4-", 200_000),
+        ("grok-4", 256_000),
+    ];
+    known
+        .iter()
+        .find(|(prefix, _)| bare.starts_with(prefix))
+        .map_or(128_000, |(_, tokens)| *tokens)
+}
+
 /// Why a model did not answer; the variant says what to do about it.
 #[derive(Debug, thiserror::Error)]
 pub enum ProviderError {

@@ -132,6 +132,7 @@ impl ProjectTx {
     /// # Errors
     /// Constraints `agents_name_key` and `agents_team_fkey`.
     pub async fn create_agent(&mut self, new: &NewAgent<'_>) -> Result<AgentRow> {
+        self.changes = true;
         let stored = sqlx::query_as!(
             Stored,
             r#"insert into agents (project_id, id, name, team, definition)
@@ -182,6 +183,7 @@ impl ProjectTx {
         team: &str,
         definition: &Map<String, Value>,
     ) -> Result<AgentRow> {
+        self.changes = true;
         let stored = sqlx::query_as!(
             Stored,
             r#"update agents
@@ -203,6 +205,7 @@ impl ProjectTx {
     /// # Errors
     /// [`StoreError::NotFound`].
     pub async fn delete_agent(&mut self, name_or_id: &str) -> Result<()> {
+        self.changes = true;
         let agent = self.lock_agent(name_or_id).await?;
         let deleted = sqlx::query!(
             "delete from agents where project_id = $1 and id = $2",

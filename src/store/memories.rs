@@ -104,6 +104,7 @@ impl ProjectTx {
     /// # Errors
     /// Constraint `memories_content_size`.
     pub async fn save_memory(&mut self, owner: MemoryOwner<'_>, content: &str) -> Result<()> {
+        self.changes = true;
         sqlx::query!(
             "insert into memories (project_id, owner, content)
             values ($1, $2, $3)
@@ -122,6 +123,7 @@ impl ProjectTx {
     /// # Errors
     /// Constraint `memories_content_size`.
     pub async fn append_memory(&mut self, owner: MemoryOwner<'_>, line: &str) -> Result<()> {
+        self.changes = true;
         sqlx::query!(
             "insert into memories (project_id, owner, content)
             values ($1, $2, $3)
@@ -150,6 +152,7 @@ impl ProjectTx {
         find: &str,
         with: &str,
     ) -> Result<()> {
+        self.changes = true;
         let replaced = sqlx::query!(
             "update memories
             set content = replace(content, $3, $4), updated_at = now()

@@ -13,28 +13,44 @@ use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{Executor, PgPool};
 use uuid::Uuid;
 
+use crate::event::Event;
+
 mod agents;
+mod approvals;
 mod credentials;
+mod events;
+mod jobs;
 mod keys;
 mod memories;
 mod migrate;
 mod organizations;
 mod projects;
+mod runs;
 mod sessions;
+mod settings;
+mod tasks;
 mod teams;
 mod turns;
+mod wake;
 mod warm;
 
 pub use agents::{AgentRow, NewAgent};
+pub use approvals::{ApprovalRow, NewApproval};
 pub use credentials::{CredentialRow, SealedCredential};
+pub use events::{EventRange, EventRow, Stream};
+pub use jobs::{Claimed, Holder, Job, LEASE, Lease, Standing, until};
 pub use keys::{KeyHash, KeyRow, NewKey};
 pub use memories::{MEMORY_LIMIT, Memories, MemoryOwner};
 pub use migrate::{MigrationError, MigrationState, migrate, migration_state, reach};
 pub use organizations::OrganizationRow;
 pub use projects::{ProjectRow, ProjectStatus};
+pub use runs::{NewStep, ProcessRow, RunRow, StepKind, StepRow};
 pub use sessions::{MessageRow, NewMessage, SessionFilter, SessionRow};
+pub use tasks::{Need, TaskFilter, storable};
 pub use teams::TeamRow;
 pub use turns::{CallUsage, RunStatus, TurnRecord};
+use wake::Bell;
+pub use wake::Topic;
 use warm::Warm;
 
 /// Which of a project's two data sets a key opens. Decided by the key, never by a parameter.
@@ -73,6 +89,9 @@ pub enum StoreError {
     /// No such row, or it is another project's, which is the same to the caller.
     #[error("not found")]
     NotFound,
+    /// Someone else has the job, or it was called off: what was done for it must not be written.
+    #[error("the lease is lost")]
+    LeaseLost,
     /// A constraint, by its name, refuses the change.
     #[error("constraint {0} refuses the change")]
     Constraint(String),
@@ -136,7 +155,10 @@ pub struct Db {
     platform: PgPool,
     live: PgPool,
     test: PgPool,
+    /// Connections that are kept for as long as the process lives: one listens, one holds its lock.
+    standing: PgPool,
     warm: Arc<Warm>,
+    bell: Arc<Bell>,
 }
 
 impl Db {
@@ -169,7 +191,9 @@ impl Db {
             platform: pool("platform", settings.platform_connections),
             live: pool(World::Live.schema(), settings.world_connections),
             test: pool(World::Test.schema(), settings.world_connections),
+            standing: pool("platform", 2),
             warm: Arc::default(),
+            bell: Arc::default(),
         })
     }
 
@@ -182,7 +206,12 @@ impl Db {
 
     /// Closes every connection, after the statements under way.
     pub async fn close(&self) {
-        tokio::join!(self.platform.close(), self.live.close(), self.test.close());
+        tokio::join!(
+            self.platform.close(),
+            self.live.close(),
+            self.test.close(),
+            self.standing.close()
+        );
     }
 
     /// The door to one project's rows. Private: it opens only for a key or the admin.
@@ -192,6 +221,7 @@ impl Db {
             project,
             world,
             warm: self.warm.clone(),
+            bell: self.bell.clone(),
         }
     }
 }
@@ -203,6 +233,7 @@ pub struct ProjectDb {
     project: Uuid,
     world: World,
     warm: Arc<Warm>,
+    bell: Arc<Bell>,
 }
 
 impl ProjectDb {
@@ -224,6 +255,11 @@ impl ProjectDb {
         Ok(ProjectTx {
             tx: self.pool.begin().await?,
             db: self.clone(),
+            events: Vec::new(),
+            stops: Vec::new(),
+            tells: false,
+            rings_jobs: false,
+            changes: false,
         })
     }
 }
@@ -233,23 +269,42 @@ impl ProjectDb {
 pub struct ProjectTx {
     tx: sqlx::Transaction<'static, sqlx::Postgres>,
     db: ProjectDb,
+    /// What the commit tells.
+    events: Vec<Event>,
+    /// Tasks whose runs are to stop.
+    stops: Vec<Uuid>,
+    /// Whether events were stored.
+    tells: bool,
+    /// Whether there is work that was not there before.
+    rings_jobs: bool,
+    /// Whether warm entries are out of date.
+    changes: bool,
 }
 
 impl ProjectTx {
-    /// Commits, and forgets what this process knew of the project; other processes follow
-    /// from the `changes` row.
+    /// Commits with the events gathered, forgets what this process knew of the project if that has changed
+    /// (other processes follow from the `changes` row), and wakes whoever waits for what is committed.
     ///
     /// # Errors
     /// When the database does not confirm the commit.
     pub async fn commit(mut self) -> Result<()> {
-        sqlx::query!(
-            "insert into changes (project_id) values ($1)",
-            self.db.project
-        )
-        .execute(&mut *self.tx)
-        .await?;
+        if self.changes {
+            sqlx::query!(
+                "insert into changes (project_id) values ($1)",
+                self.db.project
+            )
+            .execute(&mut *self.tx)
+            .await?;
+        }
+        self.append_events().await?;
+        let topics: Vec<Topic> = self.topics().collect();
         self.tx.commit().await?;
-        self.db.warm.forget(self.db.project);
+        if self.changes {
+            self.db.warm.forget(self.db.project);
+        }
+        for topic in topics {
+            self.db.bell.ring(topic);
+        }
         Ok(())
     }
 }

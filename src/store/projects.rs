@@ -187,7 +187,31 @@ impl Db {
 impl ProjectDb {
     async fn purge(&self) -> Result<()> {
         let mut tx = self.pool.begin().await?;
+        sqlx::query!("delete from jobs where project_id = $1", self.project)
+            .execute(&mut *tx)
+            .await?;
+        sqlx::query!("delete from approvals where project_id = $1", self.project)
+            .execute(&mut *tx)
+            .await?;
+        sqlx::query!("delete from words where project_id = $1", self.project)
+            .execute(&mut *tx)
+            .await?;
         sqlx::query!("delete from runs where project_id = $1", self.project)
+            .execute(&mut *tx)
+            .await?;
+        sqlx::query!("delete from tasks where project_id = $1", self.project)
+            .execute(&mut *tx)
+            .await?;
+        sqlx::query!("delete from events where project_id = $1", self.project)
+            .execute(&mut *tx)
+            .await?;
+        sqlx::query!(
+            "delete from event_heads where project_id = $1",
+            self.project
+        )
+        .execute(&mut *tx)
+        .await?;
+        sqlx::query!("delete from settings where project_id = $1", self.project)
             .execute(&mut *tx)
             .await?;
         sqlx::query!("delete from sessions where project_id = $1", self.project)

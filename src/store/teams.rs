@@ -60,6 +60,7 @@ impl ProjectTx {
     /// # Errors
     /// Constraint `teams_pkey` when the name is taken.
     pub async fn create_team(&mut self, name: &str, description: Option<&str>) -> Result<TeamRow> {
+        self.changes = true;
         Ok(sqlx::query_as!(
             TeamRow,
             "insert into teams (project_id, name, description)
@@ -112,6 +113,7 @@ impl ProjectTx {
         name: &str,
         description: Option<&str>,
     ) -> Result<TeamRow> {
+        self.changes = true;
         Ok(sqlx::query_as!(
             TeamRow,
             "update teams
@@ -133,6 +135,7 @@ impl ProjectTx {
     /// # Errors
     /// [`StoreError::NotFound`].
     pub async fn delete_team(&mut self, name: &str) -> Result<bool> {
+        self.changes = true;
         let teams = sqlx::query_scalar!(
             "select name from teams where project_id = $1 order by created_at, name for update",
             self.db.project

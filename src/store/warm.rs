@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
+use crate::task::Settings;
+
 use super::{AgentRow, Db, KeyHash, KeyRow, Memories, Result, SealedCredential, World};
 
 /// How often the `changes` tables are read.
@@ -70,6 +72,7 @@ struct Entries {
     keys: HashMap<KeyHash, Arc<KeyRow>>,
     agents: Named<AgentRow>,
     memories: Named<Memories>,
+    settings: Named<Settings>,
     credentials: HashMap<Uuid, Arc<Vec<SealedCredential>>>,
     /// Numbers of the changes already acted on, per schema.
     seen: HashSet<(String, i64)>,
@@ -85,6 +88,7 @@ impl Entries {
         self.keys.retain(|_, key| key.project_id != project);
         self.agents.forget(project);
         self.memories.forget(project);
+        self.settings.forget(project);
         self.credentials.remove(&project);
     }
 }
@@ -130,6 +134,27 @@ impl Warm {
             .get(project, world, agent)
             .filter(|_| entries.trusted())
             .cloned()
+    }
+
+    pub(super) fn settings(&self, project: Uuid, world: World) -> Option<Arc<Settings>> {
+        let entries = self.entries.read().expect(POISONED);
+        entries
+            .settings
+            .get(project, world, "")
+            .filter(|_| entries.trusted())
+            .cloned()
+    }
+
+    pub(super) fn keep_settings(
+        &self,
+        generation: u64,
+        project: Uuid,
+        world: World,
+        settings: Arc<Settings>,
+    ) {
+        self.keep(generation, |entries| {
+            entries.settings.insert(project, world, "", settings);
+        });
     }
 
     pub(super) fn credentials(&self, project: Uuid) -> Option<Arc<Vec<SealedCredential>>> {

@@ -49,6 +49,14 @@ struct Fetch {
     body: Option<String>,
 }
 
+/// Whether a call asks for something and changes nothing.
+pub(super) fn only_reads(call: &ToolCall) -> bool {
+    arguments::<Fetch>(call).is_ok_and(|fetch| {
+        let method = fetch.method.as_deref().unwrap_or("GET");
+        method.eq_ignore_ascii_case("GET") || method.eq_ignore_ascii_case("HEAD")
+    })
+}
+
 impl Fetcher {
     /// Makes the client; `private` opens private, loopback and link-local addresses. The process must have a
     /// TLS provider installed.

@@ -19,6 +19,11 @@ pub(super) fn is_one(name: &str) -> bool {
     NAMES.contains(&name)
 }
 
+/// Reading does no harm, nor does saying again what a memory is to hold.
+pub(super) fn is_repeatable(call: &ToolCall) -> bool {
+    matches!(call.name.as_str(), "memory_get" | "memory_save")
+}
+
 /// Whose memory a call is about.
 #[derive(Debug, Clone, Copy, Default, Deserialize)]
 #[serde(rename_all = "lowercase")]

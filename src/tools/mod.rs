@@ -3,6 +3,7 @@
 use std::sync::{Arc, LazyLock};
 
 use async_trait::async_trait;
+use chrono::Utc;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
@@ -12,13 +13,16 @@ use crate::store::{AgentRow, ProjectDb};
 
 mod http_fetch;
 mod memory;
+mod register_outcome;
 
 pub use http_fetch::Fetcher;
+pub use register_outcome::{outcome_of, registers_outcome};
 
 /// Every tool there is, described once: a description is some hundred small values, and goes out with every request.
 static TOOLS: LazyLock<Vec<Arc<Tool>>> = LazyLock::new(|| {
     let mut tools = memory::tools();
     tools.push(http_fetch::tool());
+    tools.push(register_outcome::tool());
     tools.into_iter().map(Arc::new).collect()
 });
 
@@ -26,10 +30,10 @@ static TOOLS: LazyLock<Vec<Arc<Tool>>> = LazyLock::new(|| {
 const RESULT_LIMIT: usize = 64 * 1024;
 
 /// Whether an agent with this `allowedTools` may use a tool. `*` stands for any characters. Without a list
-/// these are the memory tools (design 0.1).
+/// these are the memory tools, and `register_outcome` in a task (design 0.1).
 fn is_allowed(allowed: Option<&Value>, tool: &str) -> bool {
     match allowed.and_then(Value::as_array) {
-        None => memory::is_one(tool),
+        None => memory::is_one(tool) || tool == register_outcome::NAME,
         Some(patterns) => patterns
             .iter()
             .filter_map(Value::as_str)
@@ -58,8 +62,17 @@ pub struct ServerTools {
 }
 
 impl ServerTools {
-    /// The tools that an agent's `allowedTools` admits.
+    /// The tools that an agent's `allowedTools` admits in a chat.
     pub fn of(db: ProjectDb, agent: &AgentRow, fetcher: Fetcher) -> Self {
+        let mut tools = Self::in_task(db, agent, fetcher);
+        tools
+            .tools
+            .retain(|tool| tool.name != register_outcome::NAME);
+        tools
+    }
+
+    /// The tools that an agent's `allowedTools` admits in a task.
+    pub fn in_task(db: ProjectDb, agent: &AgentRow, fetcher: Fetcher) -> Self {
         let allowed = agent.definition.get("allowedTools");
         let tools = TOOLS
             .iter()
@@ -92,9 +105,20 @@ impl Toolbox for ServerTools {
         }
         match call.name.as_str() {
             http_fetch::NAME => self.fetcher.call(call).await,
+            register_outcome::NAME => outcome_of(call, Utc::now())
+                .map(|outcome| format!("\"{}\" is registered.", outcome.label)),
             _ => memory::call(&self.db, &self.agent, call).await,
         }
         .map(cut)
+    }
+
+    fn is_repeatable(&self, call: &ToolCall) -> bool {
+        match call.name.as_str() {
+            http_fetch::NAME => http_fetch::only_reads(call),
+            // What it does is recorded with its result, so a call without one has done nothing.
+            register_outcome::NAME => true,
+            _ => memory::is_repeatable(call),
+        }
     }
 }
 

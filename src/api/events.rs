@@ -1,0 +1,343 @@
+//! `GET /v1/events`: what happens to a project, from any point of the past on (contract 2.9).
+//!
+//! One feed per project reads new events from the log, whoever wrote them, and hands each to all readers of this process as
+//! one piece of text. A reader that falls behind reads the log itself; nothing is buffered for it.
+
+use std::collections::HashMap;
+use std::convert::Infallible;
+use std::sync::{Arc, Mutex, Weak};
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::HeaderMap;
+use axum::response::Response;
+use bytes::Bytes;
+use futures::Stream as Frames;
+use serde::Deserialize;
+use tokio::sync::broadcast;
+use tokio::sync::broadcast::error::RecvError;
+use tokio::time::Instant;
+
+use super::error::{ApiError, ErrorBody};
+use super::extract::{Door, Query};
+use super::sse::event_stream;
+use crate::app::App;
+use crate::event::passes;
+use crate::store::{EventRow, ProjectDb, Result as StoreResult, Stream, Topic};
+
+/// Events that a feed keeps for its readers.
+const KEPT: usize = 256;
+/// Events that are read from the log at once.
+const PAGE: i64 = 500;
+/// A reader that is further behind than this is dropped.
+const BEHIND: i64 = 20_000;
+/// A reader that took nothing for so long is dropped when it does.
+const STALL: Duration = Duration::from_secs(60);
+/// The net under wake-ups.
+const LOOK: Duration = Duration::from_secs(5);
+
+/// An event as it goes out.
+#[derive(Debug)]
+struct Frame {
+    seq: i64,
+    name: String,
+    text: Bytes,
+}
+
+impl From<EventRow> for Frame {
+    fn from(row: EventRow) -> Self {
+        Self {
+            text: Bytes::from(format!(
+                "event: {}\ndata: {}\nid: {}\n\n",
+                row.name,
+                row.payload,
+                event_id(row.seq)
+            )),
+            seq: row.seq,
+            name: row.name,
+        }
+    }
+}
+
+fn event_id(seq: i64) -> String {
+    format!("evt_{seq:05}")
+}
+
+/// A project's new events, for all its readers in this process.
+#[derive(Debug)]
+struct Feed(broadcast::Sender<Arc<Frame>>);
+
+/// The feeds that have readers.
+#[derive(Debug, Default)]
+pub struct Feeds(Mutex<HashMap<Stream, Weak<Feed>>>);
+
+const POISONED: &str = "nothing panics while it holds the feeds";
+
+impl Feeds {
+    /// Joins a project's feed; what is committed after this call is heard.
+    fn join(&self, app: &App, db: &ProjectDb) -> (Arc<Feed>, broadcast::Receiver<Arc<Frame>>) {
+        let stream = Stream {
+            world: db.world(),
+            project: db.project(),
+        };
+        let mut feeds = self.0.lock().expect(POISONED);
+        if let Some(feed) = feeds.get(&stream).and_then(Weak::upgrade) {
+            let receiver = feed.0.subscribe();
+            return (feed, receiver);
+        }
+        if feeds.len() > 1024 && feeds.len().is_power_of_two() {
+            feeds.retain(|_, feed| feed.strong_count() > 0);
+        }
+        let (sender, receiver) = broadcast::channel(KEPT);
+        let feed = Arc::new(Feed(sender));
+        feeds.insert(stream, Arc::downgrade(&feed));
+        tokio::spawn(fill(app.clone(), db.clone(), Arc::downgrade(&feed)));
+        (feed, receiver)
+    }
+}
+
+/// Reads new events into a feed for as long as it has readers.
+async fn fill(app: App, db: ProjectDb, feed: Weak<Feed>) {
+    let mut woken = app.db.wait(Topic::Events(db.world(), db.project()));
+    let mut last: Option<i64> = None;
+    loop {
+        match read_on(&db, &mut last, &feed).await {
+            Ok(()) => {}
+            Err(error) => {
+                tracing::debug!("the event log cannot be read, trying again: {error}");
+                tokio::time::sleep(Duration::from_millis(200)).await;
+                if feed.strong_count() > 0 {
+                    continue;
+                }
+            }
+        }
+        if feed.strong_count() == 0 {
+            return;
+        }
+        // Either a wake-up or the net; both lead to a look.
+        let _ = tokio::time::timeout(LOOK, woken.changed()).await;
+    }
+}
+
+async fn read_on(db: &ProjectDb, last: &mut Option<i64>, feed: &Weak<Feed>) -> StoreResult<()> {
+    let mut after = match *last {
+        Some(last) => last,
+        None => db.event_range().await?.last,
+    };
+    *last = Some(after);
+    loop {
+        let rows = db.events_after(after, PAGE).await?;
+        let Some(feed) = feed.upgrade() else {
+            return Ok(());
+        };
+        let count = rows.len();
+        for row in rows {
+            after = row.seq;
+            // Nobody listens at the moment: they read the log when they come.
+            let _ = feed.0.send(Arc::new(row.into()));
+        }
+        *last = Some(after);
+        if i64::try_from(count).is_ok_and(|count| count < PAGE) {
+            return Ok(());
+        }
+    }
+}
+
+/// Which events, and from where.
+#[derive(Debug, Deserialize, utoipa::IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(rename_all = "camelCase")]
+pub struct EventQuery {
+    /// Names, separated by commas; `*` at the end of one stands for any rest. All when absent.
+    pub filter: Option<String>,
+    /// The last event that was seen: those after it come first. The header `Last-Event-ID` goes before it.
+    pub last_event_id: Option<String>,
+    /// The same under a shorter name.
+    pub after: Option<String>,
+}
+
+/// Follow what happens to the project.
+#[utoipa::path(get, path = "/events", tag = "Events", params(EventQuery, ("Last-Event-ID" = Option<String>, Header, description = "The last event that was seen")),
+    responses(
+        (status = 200, description = "Server-sent events", content((String = "text/event-stream"))),
+        (status = 400, description = "That is no event's id", body = ErrorBody),
+        (status = 410, description = "The log does not go back so far", body = ErrorBody),
+    ))]
+pub async fn read_events(
+    State(app): State<App>,
+    Door(db): Door,
+    Query(query): Query<EventQuery>,
+    headers: HeaderMap,
+) -> Result<Response, ApiError> {
+    let header = headers
+        .get("last-event-id")
+        .map(|value| value.to_str().unwrap_or("?"));
+    let asked = header
+        .or(query.last_event_id.as_deref())
+        .or(query.after.as_deref())
+        .map(str::trim)
+        .filter(|id| !id.is_empty());
+    let range = db.event_range().await?;
+    let after = match asked {
+        None => range.last,
+        Some(id) => {
+            let seq = id
+                .strip_prefix("evt_")
+                .unwrap_or(id)
+                .parse::<i64>()
+                .ok()
+                .filter(|seq| (0..=range.last).contains(seq));
+            let seq = seq.ok_or_else(|| {
+                ApiError::invalid(
+                    "lastEventId",
+                    format!(
+                        "`{id}` is no event of this project: the newest is {}.",
+                        event_id(range.last)
+                    ),
+                )
+            })?;
+            if seq < range.pruned {
+                let oldest = event_id(range.pruned);
+                return Err(ApiError::Gone(format!(
+                    "The events after {} are not kept any more. The oldest id that can be asked for is {oldest}.",
+                    event_id(seq)
+                )));
+            }
+            seq
+        }
+    };
+    let filter = query.filter.unwrap_or_default();
+    Ok(event_stream(Body::from_stream(frames(
+        app, db, filter, after,
+    ))))
+}
+
+/// Follow what happens to the project, by the older path.
+#[utoipa::path(get, path = "/events/stream", tag = "Events", params(EventQuery, ("Last-Event-ID" = Option<String>, Header, description = "The last event that was seen")),
+    responses(
+        (status = 200, description = "Server-sent events", content((String = "text/event-stream"))),
+        (status = 400, description = "That is no event's id", body = ErrorBody),
+        (status = 410, description = "The log does not go back so far", body = ErrorBody),
+    ))]
+pub async fn stream_events(
+    app: State<App>,
+    door: Door,
+    query: Query<EventQuery>,
+    headers: HeaderMap,
+) -> Result<Response, ApiError> {
+    read_events(app, door, query, headers).await
+}
+
+fn frames(
+    app: App,
+    db: ProjectDb,
+    filter: String,
+    mut after: i64,
+) -> impl Frames<Item = Result<Bytes, Infallible>> {
+    async_stream::stream! {
+        let heartbeat = Duration::from_millis(app.config.heartbeat_ms);
+        let mut beat = Box::pin(tokio::time::sleep(heartbeat));
+        let mut given = Instant::now();
+        // Something at once, so that the reader knows that it is heard.
+        yield Ok(Bytes::from_static(b": connected\n\n"));
+        'behind: loop {
+            // What was missed comes from the log. The feed is joined before the last look into it, so that nothing
+            // falls between the two.
+            let mut joined = None;
+            loop {
+                let rows = match db.events_after(after, PAGE).await {
+                    Ok(rows) => rows,
+                    Err(error) => {
+                        tracing::warn!("an event reader is dropped: {error}");
+                        yield Ok(farewell("the log cannot be read at the moment", after));
+                        return;
+                    }
+                };
+                let caught_up = i64::try_from(rows.len()).is_ok_and(|count| count < PAGE);
+                for row in rows {
+                    after = row.seq;
+                    if passes(&filter, &row.name) {
+                        yield Ok(Frame::from(row).text);
+                    }
+                }
+                match (caught_up, &joined) {
+                    (true, Some(_)) => break,
+                    (true, None) => joined = Some(app.feeds.join(&app, &db)),
+                    (false, _) => {}
+                }
+            }
+            let Some((_feed, mut news)) = joined else { continue };
+            loop {
+                given = std::cmp::max(given, Instant::now());
+                tokio::select! {
+                    frame = news.recv() => match frame {
+                        Ok(frame) if frame.seq <= after => {}
+                        Ok(frame) => {
+                            // The feed skips nothing; a gap means that it began later than we did.
+                            if frame.seq > after + 1 {
+                                continue 'behind;
+                            }
+                            after = frame.seq;
+                            if passes(&filter, &frame.name) {
+                                yield Ok(frame.text.clone());
+                                if given.elapsed() > STALL {
+                                    yield Ok(farewell("too slow", after));
+                                    return;
+                                }
+                                given = Instant::now();
+                            }
+                        }
+                        Err(RecvError::Lagged(_)) => {
+                            let behind = match db.event_range().await {
+                                Ok(range) => range.last - after,
+                                Err(_unreachable) => BEHIND + 1,
+                            };
+                            if behind > BEHIND || given.elapsed() > STALL {
+                                yield Ok(farewell("too slow", after));
+                                return;
+                            }
+                            continue 'behind;
+                        }
+                        Err(RecvError::Closed) => continue 'behind,
+                    },
+                    () = beat.as_mut() => {
+                        beat.as_mut().reset(Instant::now() + heartbeat);
+                        yield Ok(Bytes::from_static(b"event: heartbeat\ndata: \n\n"));
+                    }
+                    () = app.stopping.cancelled() => {
+                        yield Ok(farewell("the server is stopping", after));
+                        return;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The last comment of a stream that we end: where to go on.
+fn farewell(reason: &str, after: i64) -> Bytes {
+    Bytes::from(format!(
+        ": closed: {reason}; go on with Last-Event-ID: {}\n\n",
+        event_id(after)
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_frame_has_its_lines_in_the_published_order() {
+        let row = EventRow {
+            seq: 317,
+            name: "task:created".to_owned(),
+            payload: "{}".to_owned(),
+        };
+        assert_eq!(
+            Frame::from(row).text,
+            "event: task:created\ndata: {}\nid: evt_00317\n\n"
+        );
+        assert_eq!(event_id(1_234_567), "evt_1234567");
+    }
+}

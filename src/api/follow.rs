@@ -1,0 +1,210 @@
+//! A task's words as a stream of chunks, whichever process runs it.
+
+use std::convert::Infallible;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::response::Response;
+use bytes::Bytes;
+use chrono::Utc;
+use futures::Stream;
+use serde_json::{Value, json};
+
+use super::error::ApiError;
+use super::sse::event_stream;
+use crate::app::App;
+use crate::ids::{self, Id, Run};
+use crate::store::{ProjectDb, StepKind, StepRow, StoreError, Topic};
+use crate::task::{Status, Task};
+
+/// Listeners say this often that they are there.
+const PRESENCE: Duration = Duration::from_secs(5);
+/// Steps that are read at once.
+const AT_ONCE: i64 = 200;
+
+/// Says that someone listens to a task: whoever runs it writes its words down as they come.
+pub(super) fn announce(app: &App, task: Id<ids::Task>) {
+    app.db.ring(Topic::Listener(task.uuid()));
+}
+
+/// The stream of a task's current run from its beginning, until the task ends or waits for a person.
+pub(super) fn stream(app: App, db: ProjectDb, task: Task) -> Response {
+    event_stream(Body::from_stream(words(app, db, task)))
+}
+
+/// How much of a task's words was sent.
+#[derive(Debug, Default)]
+struct Cursor {
+    run: Option<Id<Run>>,
+    step: i32,
+    /// What was sent of the step, in bytes.
+    sent: String,
+    /// Whether the next words begin a new paragraph.
+    follows: bool,
+}
+
+impl Cursor {
+    /// What is new in a step's text so far. A step that was begun again says something else.
+    fn new_in(&mut self, text: &str) -> String {
+        let new = match text.strip_prefix(self.sent.as_str()) {
+            Some(new) => new.to_owned(),
+            None => format!("\n\n{text}"),
+        };
+        if new.is_empty() {
+            return new;
+        }
+        text.clone_into(&mut self.sent);
+        if std::mem::take(&mut self.follows) {
+            format!("\n\n{new}")
+        } else {
+            new
+        }
+    }
+
+    /// What is new in finished steps.
+    fn take(&mut self, steps: &[StepRow]) -> String {
+        let mut new = String::new();
+        for step in steps {
+            if step.kind == StepKind::Model {
+                if let Some(text) = step.body["message"]["content"].as_str() {
+                    new += &self.new_in(text);
+                }
+                self.follows |= !self.sent.is_empty();
+                self.sent.clear();
+            }
+            self.step = step.number + 1;
+        }
+        new
+    }
+}
+
+fn ends(task: &Task) -> bool {
+    task.status().is_terminal()
+        || task.status() == Status::AwaitingApproval
+        || task.status() == Status::Draft
+        || (task.status() == Status::Pending && task.held)
+}
+
+fn words(app: App, db: ProjectDb, first: Task) -> impl Stream<Item = Result<Bytes, Infallible>> {
+    async_stream::stream! {
+        let id = first.id;
+        let mut changed = app.db.wait(Topic::Events(db.world(), db.project()));
+        let mut said = app.db.wait(Topic::Words(id.uuid()));
+        let mut cursor = Cursor::default();
+        let mut presence = tokio::time::interval(PRESENCE);
+        let mut silence = Box::pin(tokio::time::sleep(app.config.keep_alive()));
+        yield Ok(chunk(&first, &json!({"role": "assistant", "content": ""}), None));
+        loop {
+            let (task, new) = match look(&db, id, &mut cursor).await {
+                Ok(seen) => seen,
+                Err(error) => {
+                    yield Ok(Bytes::from(format!("data: {}\n\ndata: [DONE]\n\n", error.stream_frame())));
+                    return;
+                }
+            };
+            if !new.is_empty() {
+                yield Ok(chunk(&task, &json!({"content": new}), None));
+                silence.as_mut().reset(tokio::time::Instant::now() + app.config.keep_alive());
+            }
+            if ends(&task) {
+                yield Ok(chunk(&task, &json!({}), Some("stop")));
+                yield Ok(Bytes::from_static(b"data: [DONE]\n\n"));
+                return;
+            }
+            tokio::select! {
+                _ = changed.changed() => {}
+                _ = said.changed() => {}
+                _ = presence.tick() => announce(&app, id),
+                () = silence.as_mut() => {
+                    yield Ok(Bytes::from_static(b": keep-alive\n\n"));
+                    silence.as_mut().reset(tokio::time::Instant::now() + app.config.keep_alive());
+                }
+                // The task goes on elsewhere; the client comes back for the rest.
+                () = app.stop_turns.cancelled() => {
+                    let error = ApiError::Unavailable(anyhow::anyhow!("the server is stopping"));
+                    yield Ok(Bytes::from(format!("data: {}\n\ndata: [DONE]\n\n", error.stream_frame())));
+                    return;
+                }
+            }
+        }
+    }
+}
+
+/// How the task stands, and what it has said since the last look.
+async fn look(
+    db: &ProjectDb,
+    id: Id<ids::Task>,
+    cursor: &mut Cursor,
+) -> Result<(Task, String), ApiError> {
+    // Its status first: what a task has said is committed before it ends.
+    let task = match db.task(id).await {
+        Err(StoreError::NotFound) => return Err(ApiError::missing("Task", &id.to_string())),
+        task => task?,
+    };
+    let mut new = String::new();
+    let Some(run) = task.run else {
+        return Ok((task, new));
+    };
+    if cursor.run != Some(run) {
+        let follows = cursor.run.is_some();
+        *cursor = Cursor {
+            run: Some(run),
+            follows,
+            ..Cursor::default()
+        };
+    }
+    loop {
+        let steps = db.steps(run, cursor.step, AT_ONCE).await?;
+        new += &cursor.take(&steps);
+        if i64::try_from(steps.len()).is_ok_and(|count| count < AT_ONCE) {
+            break;
+        }
+    }
+    if !ends(&task)
+        && let Some((step, text)) = db.words(id, run).await?
+        && step == cursor.step
+    {
+        new += &cursor.new_in(&text);
+    }
+    Ok((task, new))
+}
+
+fn chunk(task: &Task, delta: &Value, finish: Option<&str>) -> Bytes {
+    let chunk = json!({
+        "id": format!("chatcmpl-{}", task.id.uuid().simple()),
+        "object": "chat.completion.chunk",
+        "created": Utc::now().timestamp(),
+        "model": task.assign_to,
+        "choices": [{"index": 0, "delta": delta, "logprobs": null, "finish_reason": finish}],
+        "task": {"id": task.id, "title": task.title, "status": task.status()},
+    });
+    Bytes::from(format!("data: {chunk}\n\n"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn step(number: i32, text: &str) -> StepRow {
+        StepRow {
+            number,
+            kind: StepKind::Model,
+            body: json!({"message": {"content": text}}),
+            created_at: Utc::now(),
+        }
+    }
+
+    #[test]
+    fn words_are_sent_once_whether_they_come_early_or_with_their_step() {
+        let mut cursor = Cursor::default();
+        assert_eq!(cursor.new_in("Good"), "Good");
+        assert_eq!(cursor.new_in("Good"), "");
+        assert_eq!(cursor.new_in("Good mor"), " mor");
+        assert_eq!(
+            cursor.take(&[step(0, "Good morning"), step(1, "again")]),
+            "ning\n\nagain"
+        );
+        assert_eq!((cursor.step, cursor.new_in("and").as_str()), (2, "\n\nand"));
+        assert_eq!(cursor.new_in("or"), "\n\nor");
+    }
+}

@@ -1,0 +1,257 @@
+//! Requests for a person's yes, and what each answer does (contract 2.11).
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::finish::give_up;
+use super::{LifecycleError, NOW, Result, locked, owe, save, settle};
+use crate::event::Event;
+use crate::ids::{Approval, Id};
+use crate::store::{ApprovalRow, Job, NewApproval, ProjectDb, ProjectTx, StoreError};
+use crate::task::{Gate, Hook, ON_TIMEOUT, Phase, Status, Task};
+
+/// Why a request was not answered.
+#[derive(Debug, thiserror::Error)]
+pub enum NotResolved {
+    /// There is none with this id.
+    #[error("not found")]
+    Missing,
+    /// It is answered already, or may not be answered so.
+    #[error("{0}")]
+    Conflict(String),
+    /// Anything else.
+    #[error(transparent)]
+    Failed(LifecycleError),
+}
+
+impl<E: Into<LifecycleError>> From<E> for NotResolved {
+    fn from(error: E) -> Self {
+        match error.into() {
+            LifecycleError::Store(StoreError::NotFound) => Self::Missing,
+            LifecycleError::Conflict(sentence) => Self::Conflict(sentence),
+            error => Self::Failed(error),
+        }
+    }
+}
+
+/// Asks a person, and sets the timer if the gate has one. The task must be stored after this.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn request_approval(
+    tx: &mut ProjectTx,
+    task: &mut Task,
+    gate: &Gate,
+    hook: Hook,
+) -> Result<()> {
+    let id = Id::<Approval>::new();
+    let mut payload = json!({"taskId": task.id, "task": task.view()});
+    if gate.include_outcomes != Some(true)
+        && let Some(task) = payload["task"].as_object_mut()
+    {
+        task.remove("outcomes");
+    }
+    let timeout_action = ON_TIMEOUT
+        .iter()
+        .find(|(action, _)| *action == gate.timeout_action)
+        .map_or("reject", |(_, word)| *word);
+    tx.create_approval(&NewApproval {
+        id,
+        task: task.id,
+        gate_id: &gate.id,
+        gate_name: &gate.name,
+        hook: hook.as_str(),
+        payload: &payload,
+        timeout_action,
+        max_revisions: i32::try_from(gate.revisions()).unwrap_or(i32::MAX),
+    })
+    .await?;
+    if let Some(timeout) = gate.timeout_ms.filter(|timeout| *timeout > 0) {
+        tx.enqueue(Job::Approval(id), 1.0, Duration::from_millis(timeout))
+            .await?;
+    }
+    let told = json!({"requestId": id, "gateId": gate.id, "gateName": gate.name});
+    task.tell("approval:requested", told);
+    Ok(())
+}
+
+/// Before a person looks at a failed attempt.
+pub(super) fn clear_for_person(task: &mut Task) {
+    task.document.outcomes.clear();
+}
+
+/// Says yes.
+///
+/// # Errors
+/// [`NotResolved`].
+pub async fn approve(
+    db: &ProjectDb,
+    id: Id<Approval>,
+    by: &str,
+    note: Option<&str>,
+) -> std::result::Result<ApprovalRow, NotResolved> {
+    let mut tx = db.begin().await?;
+    let row = resolve(&mut tx, db, id, "approved", by, note).await?;
+    if let Some(task) = row.task_id {
+        let mut task = locked(&mut tx, task.into()).await?;
+        let told = json!({"requestId": row.id, "status": "approved", "resolvedBy": by});
+        task.tell("approval:resolved", told);
+        go_on(&mut tx, db, &mut task, &row).await?;
+    }
+    tx.commit().await?;
+    Ok(row)
+}
+
+/// The way that an approved task goes on.
+async fn go_on(
+    tx: &mut ProjectTx,
+    db: &ProjectDb,
+    task: &mut Task,
+    row: &ApprovalRow,
+) -> Result<()> {
+    if task.status() != Status::AwaitingApproval {
+        return save(tx, db, task).await;
+    }
+    task.document.passed_gates.push(row.gate_id.clone());
+    if row.hook == Hook::TaskComplete.as_str() {
+        task.go(Status::Done)?;
+        settle(tx, task).await?;
+        return save(tx, db, task).await;
+    }
+    // Work whose judgement was held up is not done again; a blocked retry waits for its turn like any.
+    let judged = row.hook.starts_with("assessment:");
+    if !judged {
+        let feedback = task.document.feedback.take();
+        let gates = std::mem::take(&mut task.document.passed_gates);
+        task.begin_again(Phase::Execution, feedback, "retry");
+        task.document.passed_gates = gates;
+    }
+    if row.gate_id == Gate::side_effects().id {
+        task.document.passed_gates.clear();
+        task.go(Status::Pending)?;
+    } else {
+        task.go(Status::Assigned)?;
+    }
+    owe(tx, task, NOW).await?;
+    save(tx, db, task).await
+}
+
+/// Says no, with what is to be done better.
+///
+/// # Errors
+/// [`NotResolved`].
+pub async fn reject(
+    db: &ProjectDb,
+    id: Id<Approval>,
+    by: &str,
+    feedback: &str,
+) -> std::result::Result<ApprovalRow, NotResolved> {
+    let mut tx = db.begin().await?;
+    let row = resolve(&mut tx, db, id, "rejected", by, Some(feedback)).await?;
+    let Some(task) = row.task_id else {
+        return Err(NotResolved::Conflict(
+            "This request belongs to no task and cannot be rejected. Approve it.".to_owned(),
+        ));
+    };
+    let mut task = locked(&mut tx, task.into()).await?;
+    let most = u32::try_from(row.max_revisions).unwrap_or_default();
+    if task.document.revision_count >= most {
+        return Err(NotResolved::Conflict(format!(
+            "This task was rejected {most} times, the most that its gate allows. Approve it, or fail it."
+        )));
+    }
+    task.document.revision_count += 1;
+    let told = json!({
+        "requestId": row.id, "feedback": feedback,
+        "rejectionCount": task.document.revision_count, "resolvedBy": by,
+    });
+    task.tell("approval:rejected", told);
+    let resolved = json!({"requestId": row.id, "status": "rejected", "resolvedBy": by});
+    task.tell("approval:resolved", resolved);
+    if task.status() == Status::AwaitingApproval {
+        let description = format!(
+            "{}\n\nFeedback from review: {feedback}",
+            task.document.description
+        );
+        task.rewrite(description);
+        task.begin_again(Phase::Execution, None, "retry");
+        task.go(Status::Pending)?;
+        owe(&mut tx, &task, NOW).await?;
+    }
+    save(&mut tx, db, &mut task).await?;
+    tx.commit().await?;
+    Ok(row)
+}
+
+/// Nobody answered in time. Nothing happens to a request that was answered meanwhile.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn expire(tx: &mut ProjectTx, db: &ProjectDb, id: Id<Approval>) -> Result<()> {
+    let Some(row) = tx.resolve_approval(id, "timeout", "timeout", None).await? else {
+        return Ok(());
+    };
+    let told = json!({"requestId": row.id, "action": row.timeout_action});
+    let Some(task) = row.task_id else {
+        tx.emit(Event::new("approval:timeout", told));
+        return Ok(());
+    };
+    let mut task = locked(tx, task.into()).await?;
+    task.tell("approval:timeout", told);
+    if task.status() != Status::AwaitingApproval {
+        return save(tx, db, &mut task).await;
+    }
+    if row.timeout_action == "approve" {
+        go_on(tx, db, &mut task, &row).await
+    } else {
+        give_up(tx, db, &mut task).await.map(drop)
+    }
+}
+
+async fn resolve(
+    tx: &mut ProjectTx,
+    db: &ProjectDb,
+    id: Id<Approval>,
+    status: &str,
+    by: &str,
+    note: Option<&str>,
+) -> std::result::Result<ApprovalRow, NotResolved> {
+    let Some(row) = tx.resolve_approval(id, status, by, note).await? else {
+        let row = db.approval(id).await?;
+        return Err(NotResolved::Conflict(format!(
+            "This request is {} already.",
+            row.status
+        )));
+    };
+    tx.call_off(Job::Approval(id)).await?;
+    Ok(row)
+}
+
+/// A request as the API shows it.
+impl ApprovalRow {
+    /// The request object of contract 2.11.
+    pub fn view(&self) -> Value {
+        use crate::event::timestamp;
+        let mut view = json!({
+            "id": self.id, "gateId": self.gate_id, "gateName": self.gate_name,
+            "status": self.status, "payload": self.payload, "requestedAt": timestamp(self.requested_at),
+        });
+        let members = view.as_object_mut().expect("it was made as an object");
+        let optional = [
+            (
+                "taskId",
+                json!(self.task_id.map(Id::<crate::ids::Task>::from)),
+            ),
+            ("resolvedAt", json!(self.resolved_at.map(timestamp))),
+            ("resolvedBy", json!(self.resolved_by)),
+            ("note", json!(self.note)),
+        ];
+        for (key, value) in optional {
+            if !value.is_null() {
+                members.insert(key.to_owned(), value);
+            }
+        }
+        view
+    }
+}

@@ -1,0 +1,327 @@
+//! How an attempt ends: done, waiting for a person, tried again, handed over, or given up.
+
+use std::time::Duration;
+
+use serde_json::json;
+
+use super::approve::{clear_for_person, request_approval};
+use super::{NOW, Result, save, settle};
+use crate::store::{Job, Lease, ProjectDb, ProjectTx, StoreError};
+use crate::task::{
+    Bypass, EndReason, Failure, Follow, Gate, Handler, Hook, Level, Phase, Settings, Status, Task,
+    TaskResult, context,
+};
+
+/// What becomes of the job after a deed of the engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Aftermath {
+    /// The task goes on at once, under the same lease.
+    GoesOn,
+    /// It goes on after a pause.
+    Later(Duration),
+    /// It waits for something else, or has ended.
+    Rests,
+}
+
+/// Finishes a task whose work is good, unless a gate stands in its way.
+///
+/// # Errors
+/// When the task is not in review, or the database refuses.
+pub async fn complete(
+    tx: &mut ProjectTx,
+    db: &ProjectDb,
+    task: &mut Task,
+    settings: &Settings,
+) -> Result<Aftermath> {
+    let data =
+        json!({"from": task.status(), "to": Status::Done, "outcomes": task.document.outcomes});
+    for hook in [Hook::TaskComplete, Hook::TaskTransition] {
+        let seen = context(task, hook, &data);
+        if let Some(gate) = Gate::closed(&settings.approval_gates, hook, task, &seen) {
+            return wait_for_person(tx, db, task, gate, Hook::TaskComplete).await;
+        }
+    }
+    let side_effects = Gate::side_effects();
+    if task.document.side_effects && !task.document.passed_gates.contains(&side_effects.id) {
+        return wait_for_person(tx, db, task, &side_effects, Hook::TaskComplete).await;
+    }
+    task.go(Status::Done)?;
+    settle(tx, task).await?;
+    save(tx, db, task).await?;
+    Ok(Aftermath::Rests)
+}
+
+/// Stops a task before a gate.
+///
+/// # Errors
+/// When the database refuses.
+pub(super) async fn wait_for_person(
+    tx: &mut ProjectTx,
+    db: &ProjectDb,
+    task: &mut Task,
+    gate: &Gate,
+    hook: Hook,
+) -> Result<Aftermath> {
+    if task.go(Status::AwaitingApproval).is_err() {
+        task.bypass(Bypass::HandedToPerson);
+    }
+    request_approval(tx, task, gate, hook).await?;
+    save(tx, db, task).await?;
+    Ok(Aftermath::Rests)
+}
+
+/// Decides what follows a failure, and does it (contract 2.6.4).
+///
+/// # Errors
+/// When the database refuses.
+pub async fn after_failure(
+    tx: &mut ProjectTx,
+    db: &ProjectDb,
+    task: &mut Task,
+    settings: &Settings,
+    failure: Failure,
+    feedback: String,
+    pause: impl FnOnce(u32) -> Duration,
+) -> Result<Aftermath> {
+    match task.after(failure, settings) {
+        Follow::Fix => {
+            task.begin_fix(settings, feedback);
+            save(tx, db, task).await?;
+            Ok(Aftermath::GoesOn)
+        }
+        Follow::Retry => {
+            let data = json!({"attempt": task.document.retries + 1, "reason": feedback});
+            let seen = context(task, Hook::TaskRetry, &data);
+            if let Some(gate) = Gate::closed(&settings.approval_gates, Hook::TaskRetry, task, &seen)
+            {
+                task.document.feedback = Some(feedback);
+                return wait_for_person(tx, db, task, gate, Hook::TaskRetry).await;
+            }
+            let fallback = fallback(db, task).await?;
+            task.begin_retry(Some(feedback), fallback)?;
+            save(tx, db, task).await?;
+            Ok(Aftermath::Later(pause(task.document.retries)))
+        }
+        Follow::Blocked => {
+            task.tell("task:retry:blocked", json!({"reason": feedback}));
+            let description = format!(
+                "{}\n\nAn earlier attempt did not succeed: {feedback}\n\nIt may have acted on the outside world. Do not repeat such actions without checking what has been done.",
+                task.document.description
+            );
+            task.rewrite(description);
+            clear_for_person(task);
+            wait_for_person(tx, db, task, &Gate::side_effects(), Hook::TaskRetry).await
+        }
+        Follow::Escalate(level) => {
+            task.tell("task:maxRetries", json!({}));
+            task.document.feedback = Some(feedback);
+            escalate(tx, db, task, settings, Some(level)).await
+        }
+        Follow::GiveUp => {
+            task.tell("task:maxRetries", json!({}));
+            let seen = context(task, Hook::TaskFail, &json!({"reason": feedback}));
+            if let Some(gate) = Gate::closed(&settings.approval_gates, Hook::TaskFail, task, &seen)
+            {
+                task.document.feedback = Some(feedback);
+                return wait_for_person(tx, db, task, gate, Hook::TaskFail).await;
+            }
+            give_up(tx, db, task).await
+        }
+    }
+}
+
+/// The task fails, for good.
+pub(super) async fn give_up(
+    tx: &mut ProjectTx,
+    db: &ProjectDb,
+    task: &mut Task,
+) -> Result<Aftermath> {
+    task.give_up();
+    settle(tx, task).await?;
+    save(tx, db, task).await?;
+    Ok(Aftermath::Rests)
+}
+
+/// Who takes over an escalated attempt: whom the policy names, else whom the agent reports to, if they exist.
+async fn fallback(db: &ProjectDb, task: &Task) -> Result<Option<String>> {
+    let policy = task.document.retry_policy.as_ref();
+    let named = match policy.and_then(|policy| policy.fallback_agent.clone()) {
+        Some(named) => Some(named),
+        None => match db.agent(&task.assign_to).await {
+            Ok(agent) => agent
+                .definition
+                .get("reportsTo")
+                .and_then(|name| name.as_str())
+                .map(str::to_owned),
+            Err(StoreError::NotFound) => None,
+            Err(error) => return Err(error.into()),
+        },
+    };
+    match named {
+        Some(name) if exists(db, &name).await? => Ok(Some(name)),
+        _ => Ok(None),
+    }
+}
+
+async fn exists(db: &ProjectDb, agent: &str) -> Result<bool> {
+    match db.agent(agent).await {
+        Ok(_) => Ok(true),
+        Err(StoreError::NotFound) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Takes a task to a level of the escalation policy, past those that cannot act; without one it fails.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn escalate(
+    tx: &mut ProjectTx,
+    db: &ProjectDb,
+    task: &mut Task,
+    settings: &Settings,
+    first: Option<Level>,
+) -> Result<Aftermath> {
+    let mut next = first;
+    while let Some(level) = next {
+        task.document.escalation_level = Some(level.level);
+        let payload =
+            json!({"level": level.level, "handler": level.handler, "target": level.target});
+        task.tell("escalation:triggered", payload);
+        if let Some(timeout) = level.timeout_ms.filter(|timeout| *timeout > 0) {
+            let pause = Duration::from_millis(timeout);
+            tx.enqueue(Job::Escalation(task.id), task.document.priority, pause)
+                .await?;
+        }
+        match level.handler {
+            Handler::Agent => {
+                if let Some(target) = level.target.clone()
+                    && exists(db, &target).await?
+                {
+                    let feedback = task.document.feedback.take();
+                    let left = task.has_left_its_agent();
+                    task.bypass(Bypass::Escalated);
+                    task.begin_again(Phase::Execution, feedback, "retry");
+                    let before = std::mem::replace(&mut task.assign_to, target);
+                    task.tell(
+                        "escalation:resolved",
+                        json!({"level": level.level, "action": "reassigned"}),
+                    );
+                    if !left && task.has_left_its_agent() {
+                        super::leave(tx, db, &before).await?;
+                    }
+                    save(tx, db, task).await?;
+                    return Ok(Aftermath::GoesOn);
+                }
+                next = task.next_level(settings);
+            }
+            Handler::Orchestrator => {
+                let feedback = task.document.feedback.take();
+                task.bypass(Bypass::Escalated);
+                task.begin_again(Phase::Execution, feedback, "retry");
+                task.document.fix_attempts = 0;
+                task.document.escalation_owed = true;
+                save(tx, db, task).await?;
+                return Ok(Aftermath::GoesOn);
+            }
+            Handler::Human => {
+                let message = task.document.feedback.clone().unwrap_or_default();
+                let payload = json!({"message": message, "channels": level.notify_channels});
+                task.tell("escalation:human", payload);
+                let gate = Gate {
+                    id: "escalation".to_owned(),
+                    name: "Escalation".to_owned(),
+                    ..Gate::side_effects()
+                };
+                return wait_for_person(tx, db, task, &gate, Hook::TaskRetry).await;
+            }
+        }
+    }
+    give_up(tx, db, task).await
+}
+
+/// The deadline has passed and the project wants such tasks failed.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn stop_at_deadline(tx: &mut ProjectTx, db: &ProjectDb, task: &mut Task) -> Result<()> {
+    end_abruptly(
+        tx,
+        db,
+        task,
+        EndReason::Deadline,
+        "The deadline has passed.",
+    )
+    .await
+}
+
+/// Ends a task from outside its run: whoever runs it stops, and nothing of the run counts any more.
+pub(super) async fn end_abruptly(
+    tx: &mut ProjectTx,
+    db: &ProjectDb,
+    task: &mut Task,
+    reason: EndReason,
+    sentence: &str,
+) -> Result<()> {
+    if let Some(run) = task.run.filter(|_| task.status().is_active()) {
+        tx.end_run(run, crate::store::RunStatus::Interrupted, None)
+            .await?;
+    }
+    let before = task.document.result.take();
+    let mut history = before
+        .as_ref()
+        .map(|result| result.assessment_history.clone())
+        .unwrap_or_default();
+    history.extend(before.and_then(|result| result.assessment));
+    task.document.result = Some(TaskResult {
+        exit_code: 1,
+        stdout: String::new(),
+        stderr: sentence.to_owned(),
+        duration: 0,
+        reason,
+        cause: None,
+        assessment: None,
+        assessment_history: history,
+    });
+    tx.withdraw_approvals(task.id).await?;
+    tx.stop_run(task.id);
+    task.bypass(Bypass::Stopped);
+    settle(tx, task).await?;
+    tx.call_off(Job::Blocked(task.id)).await?;
+    save(tx, db, task).await
+}
+
+/// Does to a job what a deed left of it.
+///
+/// # Errors
+/// [`StoreError::LeaseLost`].
+impl Aftermath {
+    /// Leaves the job as the deed says.
+    ///
+    /// # Errors
+    /// [`StoreError::LeaseLost`].
+    pub async fn settle_job(self, tx: &mut ProjectTx, lease: &Lease) -> Result<()> {
+        match self {
+            Self::GoesOn => tx.extend(lease).await?,
+            Self::Later(pause) => tx.put_off(lease, pause).await?,
+            // It may have been called off in this very transaction.
+            Self::Rests => match tx.complete(lease).await {
+                Ok(()) | Err(StoreError::LeaseLost) => {}
+                Err(error) => return Err(error.into()),
+            },
+        }
+        Ok(())
+    }
+
+    /// Owes the job that a deed outside the engine asks for.
+    ///
+    /// # Errors
+    /// When the database refuses.
+    pub async fn owe(self, tx: &mut ProjectTx, task: &Task) -> Result<()> {
+        match self {
+            Self::GoesOn => super::owe(tx, task, NOW).await,
+            Self::Later(pause) => super::owe(tx, task, pause).await,
+            Self::Rests => Ok(()),
+        }
+    }
+}

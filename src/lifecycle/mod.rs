@@ -1,0 +1,138 @@
+//! What people and the engine do to tasks: each deed one transaction, with its events and the work that follows.
+//!
+//! The API and the engine both act through here, so that a rule of contract 2.6 is written once.
+
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use serde_json::json;
+
+use crate::ids::{self, Id};
+use crate::store::{Job, ProjectDb, ProjectTx, StoreError, until};
+use crate::task::{IllegalStep, Status, Task};
+
+mod approve;
+mod create;
+mod finish;
+mod operate;
+
+pub use approve::{NotResolved, approve, expire, reject, request_approval};
+pub use create::{NewTask, create};
+pub use finish::{Aftermath, after_failure, complete, escalate, stop_at_deadline};
+pub use operate::{
+    TaskChange, delete, delete_all, force_fail, kill, pause, queue, reassess, retry, run, update,
+};
+
+/// Why a deed was not done.
+#[derive(Debug, thiserror::Error)]
+pub enum LifecycleError {
+    /// The database refuses or cannot be reached.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The status machine does not have this step.
+    #[error(transparent)]
+    Illegal(#[from] IllegalStep),
+    /// It clashes with what is there; a sentence.
+    #[error("{0}")]
+    Conflict(String),
+    /// A parameter is wrong.
+    #[error("{message}")]
+    Invalid {
+        /// Which.
+        param: &'static str,
+        /// What to change; a sentence.
+        message: String,
+    },
+}
+
+/// The result of a deed.
+pub type Result<T> = std::result::Result<T, LifecycleError>;
+
+/// How long a job waits that is due at once.
+const NOW: Duration = Duration::ZERO;
+
+/// Stores a task, and frees its agent's place if it has left it.
+///
+/// # Errors
+/// When the database refuses; constraint `tasks_title_key`.
+pub async fn save(tx: &mut ProjectTx, db: &ProjectDb, task: &mut Task) -> Result<()> {
+    let left = task.has_left_its_agent();
+    tx.save_task(task).await?;
+    if left {
+        leave(tx, db, &task.assign_to).await?;
+    }
+    Ok(())
+}
+
+/// One place of an agent and of the project is free. Only where there are limits does anyone wait for it.
+async fn leave(tx: &mut ProjectTx, db: &ProjectDb, agent: &str) -> Result<()> {
+    let limited = match db.agent(agent).await {
+        Ok(agent) => agent.definition.contains_key("maxConcurrency"),
+        Err(StoreError::NotFound) => true,
+        Err(error) => return Err(error.into()),
+    };
+    if limited {
+        match tx.lock_agent(agent).await {
+            Ok(_) | Err(StoreError::NotFound) => tx.unpark(agent, 1).await?,
+            Err(error) => return Err(error.into()),
+        }
+    }
+    if db.settings().await?.max_concurrency.is_some() {
+        tx.lock_settings().await?;
+        tx.unpark("", 1).await?;
+    }
+    Ok(())
+}
+
+/// Owes a task its next step.
+async fn owe(tx: &mut ProjectTx, task: &Task, after: Duration) -> Result<()> {
+    tx.enqueue(Job::Task(task.id), task.document.priority, after)
+        .await?;
+    Ok(())
+}
+
+/// Calls off what no longer matters once a task has ended.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn settle(tx: &mut ProjectTx, task: &mut Task) -> Result<()> {
+    tx.call_off(Job::Task(task.id)).await?;
+    if task.document.escalation_level.is_some() {
+        tx.call_off(Job::Escalation(task.id)).await?;
+        if let (Status::Done, Some(level)) = (task.status(), task.document.escalation_level) {
+            task.tell(
+                "escalation:resolved",
+                json!({"level": level, "action": "completed"}),
+            );
+        }
+    }
+    if let Some(deadline) = task.document.deadline {
+        tx.call_off(Job::Deadline(task.id)).await?;
+        let now = Utc::now();
+        if task.status() == Status::Done && now <= deadline {
+            let payload = json!({
+                "entityId": task.id, "entityType": "task", "deadline": deadline,
+                "marginMs": (deadline - now).num_milliseconds(),
+            });
+            task.tell("sla:met", payload);
+        }
+    }
+    Ok(())
+}
+
+/// When a task's deadline is looked at next: at 80 % of its time, then at its end.
+fn next_look(task: &Task, now: DateTime<Utc>) -> Option<Duration> {
+    let deadline = task.document.deadline?;
+    let warning = task.created_at + (deadline - task.created_at) * 4 / 5;
+    if task.document.sla_violated {
+        None
+    } else if task.document.sla_warned {
+        Some(until(deadline, now))
+    } else {
+        Some(until(warning.min(deadline), now))
+    }
+}
+
+async fn locked(tx: &mut ProjectTx, id: Id<ids::Task>) -> Result<Task> {
+    Ok(tx.lock_task(id).await?)
+}

@@ -1,0 +1,378 @@
+//! What people do to a task that exists (contract 2.6.6).
+
+use chrono::Utc;
+
+use super::create::taken;
+use super::finish::end_abruptly;
+use super::{LifecycleError, NOW, Result, locked, next_look, owe, save};
+use crate::event::Event;
+use crate::ids::{self, Id};
+use crate::store::{Job, ProjectDb, ProjectTx, StoreError, TaskFilter};
+use crate::task::{Bypass, EndReason, Expectation, Phase, Status, Task};
+
+/// A change to a task; `None` leaves a field as it is.
+#[derive(Debug, Default)]
+pub struct TaskChange {
+    /// Other instructions.
+    pub description: Option<String>,
+    /// Another agent.
+    pub assign_to: Option<String>,
+    /// A step of the status machine.
+    pub status: Option<Status>,
+    /// Other expectations.
+    pub expectations: Option<Vec<Expectation>>,
+    /// Another count of retries used.
+    pub retries: Option<u32>,
+    /// Another limit of retries.
+    pub max_retries: Option<u32>,
+    /// Whether it touches the outside world.
+    pub side_effects: Option<bool>,
+    /// Another weight.
+    pub priority: Option<f64>,
+}
+
+fn wrong_state(task: &Task, deed: &str) -> LifecycleError {
+    LifecycleError::Conflict(format!(
+        "A task that is `{}` cannot be {deed}.",
+        task.status()
+    ))
+}
+
+/// Owes a pending task what it can have: its turn, a verdict, or nothing while its needs are not met.
+async fn owe_if_ready(tx: &mut ProjectTx, task: &Task) -> Result<()> {
+    let unmet = tx.unmet_needs(task.id).await?;
+    if unmet.is_empty() {
+        owe(tx, task, NOW).await
+    } else if unmet
+        .iter()
+        .any(|need| matches!(need.status, None | Some(Status::Failed)))
+    {
+        tx.enqueue(Job::Blocked(task.id), 1.0, NOW).await?;
+        Ok(())
+    } else {
+        Ok(())
+    }
+}
+
+/// Changes a task.
+///
+/// # Errors
+/// 409 for a step that the machine does not have, and for new expectations while the task is worked on; an unknown agent.
+pub async fn update(db: &ProjectDb, id: Id<ids::Task>, change: TaskChange) -> Result<Task> {
+    let mut tx = db.begin().await?;
+    let mut task = locked(&mut tx, id).await?;
+    if let Some(agent) = change.assign_to {
+        match db.agent(&agent).await {
+            Ok(_) => {}
+            Err(StoreError::NotFound) => {
+                return Err(LifecycleError::Invalid {
+                    param: "assignTo",
+                    message: format!("`assignTo`: there is no agent \"{agent}\"."),
+                });
+            }
+            Err(error) => return Err(error.into()),
+        }
+        if task.status().is_active() && agent != task.assign_to {
+            return Err(wrong_state(
+                &task,
+                "given to another agent; pause or kill it first",
+            ));
+        }
+        task.assign_to = agent;
+    }
+    if let Some(expectations) = change.expectations {
+        if !matches!(
+            task.status(),
+            Status::Draft | Status::Pending | Status::Failed | Status::Done
+        ) {
+            return Err(wrong_state(&task, "given other expectations"));
+        }
+        task.document.expectations = expectations;
+    }
+    if let Some(description) = change.description {
+        task.document.description = description;
+        task.document.original_description = None;
+    }
+    if let Some(retries) = change.retries {
+        task.document.retries = retries;
+    }
+    if let Some(max) = change.max_retries {
+        task.document.max_retries = max;
+    }
+    if let Some(side_effects) = change.side_effects {
+        task.document.side_effects = side_effects;
+    }
+    if let Some(priority) = change.priority {
+        task.document.priority = priority;
+    }
+    if let Some(status) = change.status.filter(|status| *status != task.status()) {
+        step(&mut tx, db, &mut task, status).await?;
+    }
+    task.tell_updated();
+    let title = task.title.clone();
+    match save(&mut tx, db, &mut task).await {
+        Err(LifecycleError::Store(error)) => return Err(taken(error, &title)),
+        result => result?,
+    }
+    tx.commit().await?;
+    Ok(task)
+}
+
+/// A step by hand. What only the engine can bring about is not to be claimed: an agent that works, a review.
+async fn step(tx: &mut ProjectTx, db: &ProjectDb, task: &mut Task, to: Status) -> Result<()> {
+    let from = task.status();
+    match to {
+        Status::Pending => {
+            let retried = from == Status::Failed;
+            task.go(to)?;
+            if retried {
+                task.begin_again(Phase::Execution, None, "retry");
+            }
+            tx.withdraw_approvals(task.id).await?;
+            owe_if_ready(tx, task).await
+        }
+        Status::Failed => {
+            if !from.allows(to) {
+                task.go(to)?;
+            }
+            end_abruptly(tx, db, task, EndReason::Killed, "Failed by hand.").await
+        }
+        Status::Done => {
+            task.go(to)?;
+            tx.withdraw_approvals(task.id).await?;
+            tx.stop_run(task.id);
+            super::settle(tx, task).await
+        }
+        Status::Assigned => {
+            task.go(to)?;
+            tx.withdraw_approvals(task.id).await?;
+            owe(tx, task, NOW).await
+        }
+        Status::Draft | Status::AwaitingApproval | Status::InProgress | Status::Review => {
+            Err(LifecycleError::Conflict(format!(
+                "A task becomes `{to}` by the engine alone. Use run, pause, kill, retry or reassess."
+            )))
+        }
+    }
+}
+
+/// Makes a draft wait for its turn.
+///
+/// # Errors
+/// 409 for anything but a draft.
+pub async fn queue(db: &ProjectDb, id: Id<ids::Task>) -> Result<Task> {
+    let mut tx = db.begin().await?;
+    let mut task = locked(&mut tx, id).await?;
+    if task.status() != Status::Draft {
+        return Err(wrong_state(&task, "queued; only a draft can"));
+    }
+    task.go(Status::Pending)?;
+    owe_if_ready(&mut tx, &task).await?;
+    save(&mut tx, db, &mut task).await?;
+    tx.commit().await?;
+    Ok(task)
+}
+
+/// Has a task run: a draft is queued, a paused one goes on, one under way is left alone.
+///
+/// # Errors
+/// 409 for a task that has ended.
+pub async fn run(db: &ProjectDb, id: Id<ids::Task>) -> Result<Task> {
+    let task = db.task(id).await?;
+    match task.status() {
+        Status::Draft => match queue(db, id).await {
+            // Someone else was quicker, which is as good.
+            Err(LifecycleError::Conflict(_)) => Ok(db.task(id).await?),
+            result => result,
+        },
+        Status::Pending if task.held => {
+            let mut tx = db.begin().await?;
+            let mut task = locked(&mut tx, id).await?;
+            if task.held {
+                task.held = false;
+                task.tell_updated();
+                owe_if_ready(&mut tx, &task).await?;
+                save(&mut tx, db, &mut task).await?;
+                tx.commit().await?;
+            }
+            Ok(task)
+        }
+        Status::Done | Status::Failed => Err(wrong_state(&task, "run; retry or reassess it")),
+        _ => Ok(task),
+    }
+}
+
+/// Stops a task's run and holds it until it is run again.
+///
+/// # Errors
+/// 409 for a task that is neither pending nor worked on.
+pub async fn pause(db: &ProjectDb, id: Id<ids::Task>) -> Result<Task> {
+    let mut tx = db.begin().await?;
+    let mut task = locked(&mut tx, id).await?;
+    if task.status() != Status::Pending && !task.status().is_active() {
+        return Err(wrong_state(&task, "paused"));
+    }
+    if let Some(run) = task.run.filter(|_| task.status().is_active()) {
+        tx.end_run(run, crate::store::RunStatus::Interrupted, None)
+            .await?;
+        let phase = task.document.phase.filter(|phase| *phase != Phase::Review);
+        let feedback = task.document.feedback.take();
+        let trigger = task
+            .document
+            .trigger
+            .clone()
+            .unwrap_or_else(|| "initial".to_owned());
+        task.begin_again(phase.unwrap_or(Phase::Execution), feedback, &trigger);
+    }
+    task.held = true;
+    tx.call_off(Job::Task(task.id)).await?;
+    tx.stop_run(task.id);
+    if !task.bypass(Bypass::Released) {
+        task.tell_updated();
+    }
+    save(&mut tx, db, &mut task).await?;
+    tx.commit().await?;
+    Ok(task)
+}
+
+/// Stops a task for good.
+///
+/// # Errors
+/// When there is no such task. One that has ended stays as it is.
+pub async fn kill(db: &ProjectDb, id: Id<ids::Task>, reason: Option<&str>) -> Result<Task> {
+    stop(
+        db,
+        id,
+        reason.map_or_else(
+            || "Killed.".to_owned(),
+            |reason| format!("Killed: {reason}"),
+        ),
+    )
+    .await
+}
+
+/// Fails a task by hand.
+///
+/// # Errors
+/// As [`kill`].
+pub async fn force_fail(db: &ProjectDb, id: Id<ids::Task>, reason: Option<&str>) -> Result<Task> {
+    stop(
+        db,
+        id,
+        reason.map_or_else(
+            || "Failed by hand.".to_owned(),
+            |reason| format!("Failed by hand: {reason}"),
+        ),
+    )
+    .await
+}
+
+async fn stop(db: &ProjectDb, id: Id<ids::Task>, sentence: String) -> Result<Task> {
+    let mut tx = db.begin().await?;
+    let mut task = locked(&mut tx, id).await?;
+    if !task.status().is_terminal() {
+        end_abruptly(&mut tx, db, &mut task, EndReason::Killed, &sentence).await?;
+        tx.commit().await?;
+    }
+    Ok(task)
+}
+
+/// Tries a failed task again, whatever its limit.
+///
+/// # Errors
+/// 409 for anything but a failed task, and when its title is taken by now.
+pub async fn retry(db: &ProjectDb, id: Id<ids::Task>) -> Result<Task> {
+    let mut tx = db.begin().await?;
+    let mut task = locked(&mut tx, id).await?;
+    if task.status() != Status::Failed {
+        return Err(wrong_state(&task, "retried; only a failed one can"));
+    }
+    task.go(Status::Pending)?;
+    task.document.fix_attempts = 0;
+    task.document.escalation_level = None;
+    task.begin_again(Phase::Execution, None, "retry");
+    task.document.sla_violated = task
+        .document
+        .deadline
+        .is_some_and(|deadline| deadline < Utc::now());
+    if let Some(pause) = next_look(&task, Utc::now()) {
+        tx.enqueue(Job::Deadline(task.id), 1.0, pause).await?;
+    }
+    owe_if_ready(&mut tx, &task).await?;
+    let title = task.title.clone();
+    match save(&mut tx, db, &mut task).await {
+        Err(LifecycleError::Store(error)) => return Err(taken(error, &title)),
+        result => result?,
+    }
+    tx.commit().await?;
+    Ok(task)
+}
+
+/// Has finished work judged again.
+///
+/// # Errors
+/// 409 while it is not finished; [`LifecycleError::Invalid`] when there is nothing to judge it by.
+pub async fn reassess(db: &ProjectDb, id: Id<ids::Task>) -> Result<()> {
+    let mut tx = db.begin().await?;
+    let task = locked(&mut tx, id).await?;
+    if !task.status().is_terminal() {
+        return Err(wrong_state(&task, "reassessed; only a finished one can"));
+    }
+    if task.document.expectations.is_empty() {
+        return Err(LifecycleError::Invalid {
+            param: "expectations",
+            message: "This task has no expectations to be assessed by. PATCH some first."
+                .to_owned(),
+        });
+    }
+    tx.enqueue(Job::Reassess(task.id), task.document.priority, NOW)
+        .await?;
+    tx.commit().await?;
+    Ok(())
+}
+
+/// Removes a task.
+///
+/// # Errors
+/// When there is no such task.
+pub async fn delete(db: &ProjectDb, id: Id<ids::Task>) -> Result<()> {
+    match remove(db, TaskFilter::default(), Some(id)).await? {
+        0 => Err(StoreError::NotFound.into()),
+        _ => Ok(()),
+    }
+}
+
+/// Removes all tasks that a filter admits, and says how many there were.
+///
+/// # Errors
+/// When the database refuses; some may be gone then.
+pub async fn delete_all(db: &ProjectDb, filter: TaskFilter<'_>) -> Result<u64> {
+    let mut deleted = 0;
+    loop {
+        match remove(db, filter, None).await? {
+            0 => return Ok(deleted),
+            some => deleted += some,
+        }
+    }
+}
+
+async fn remove(
+    db: &ProjectDb,
+    filter: TaskFilter<'_>,
+    only: Option<Id<ids::Task>>,
+) -> Result<u64> {
+    let mut tx = db.begin().await?;
+    let gone = tx.delete_tasks(filter, only).await?;
+    for id in &gone {
+        tx.emit(Event::new(
+            "task:removed",
+            serde_json::json!({"taskId": id}),
+        ));
+    }
+    if !gone.is_empty() {
+        // Places may have come free; who waits looks for itself.
+        tx.unpark_all().await?;
+    }
+    tx.commit().await?;
+    Ok(gone.len() as u64)
+}

@@ -1,0 +1,154 @@
+//! Events: what happened to a project, numbered in the order of commits.
+
+use chrono::{DateTime, Utc};
+use uuid::Uuid;
+
+use super::{Db, ProjectDb, ProjectTx, Result, World, to_micros};
+use crate::event::Event;
+
+/// An event as it is stored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EventRow {
+    /// Its number in its project, from 1.
+    pub seq: i64,
+    /// Its name.
+    pub name: String,
+    /// Its payload, JSON text.
+    pub payload: String,
+}
+
+/// Which events of a project there are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EventRange {
+    /// The number of the newest; 0 when there is none.
+    pub last: i64,
+    /// The highest number that was pruned; those after it are there.
+    pub pruned: i64,
+}
+
+/// Events as the columns of a statement.
+pub(super) struct EventColumns {
+    pub(super) names: Vec<&'static str>,
+    pub(super) payloads: Vec<String>,
+    pub(super) at: DateTime<Utc>,
+}
+
+impl EventColumns {
+    pub(super) fn new(events: Vec<Event>) -> Self {
+        let at = to_micros(Utc::now());
+        Self {
+            names: events.iter().map(|event| event.name).collect(),
+            payloads: events
+                .into_iter()
+                .map(|event| event.into_text(at).replace("\\u0000", "\\ufffd"))
+                .collect(),
+            at,
+        }
+    }
+
+    pub(super) fn count(&self) -> i64 {
+        i64::try_from(self.names.len()).unwrap_or(i64::MAX)
+    }
+}
+
+impl ProjectDb {
+    /// The events after a number, in order, at most `limit`.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn events_after(&self, after: i64, limit: i64) -> Result<Vec<EventRow>> {
+        Ok(sqlx::query_as!(
+            EventRow,
+            "select seq, name, payload from events where project_id = $1 and seq > $2 order by seq limit $3",
+            self.project,
+            after,
+            limit
+        )
+        .fetch_all(&self.pool)
+        .await?)
+    }
+
+    /// Which events there are.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn event_range(&self) -> Result<EventRange> {
+        let range = sqlx::query_as!(
+            EventRange,
+            "select last, pruned from event_heads where project_id = $1",
+            self.project
+        )
+        .fetch_optional(&self.pool)
+        .await?;
+        Ok(range.unwrap_or(EventRange { last: 0, pruned: 0 }))
+    }
+}
+
+impl ProjectTx {
+    /// Stores the events gathered so far. From here to the commit no other transaction of the project can.
+    pub(super) async fn append_events(&mut self) -> Result<()> {
+        let events = EventColumns::new(std::mem::take(&mut self.events));
+        if events.names.is_empty() {
+            return Ok(());
+        }
+        self.tells = true;
+        sqlx::query!(
+            "with head as (
+                insert into event_heads (project_id, last) values ($1, $2)
+                on conflict (project_id) do update set last = event_heads.last + excluded.last
+                returning last
+            )
+            insert into events (project_id, seq, name, payload, at)
+            select $1, head.last - $2 + e.number, e.name, e.payload, $5
+            from head cross join unnest($3::text[], $4::text[]) with ordinality as e (name, payload, number)",
+            self.db.project,
+            events.count(),
+            &events.names as _,
+            &events.payloads,
+            events.at
+        )
+        .execute(&mut *self.tx)
+        .await?;
+        Ok(())
+    }
+}
+
+/// Events that one statement prunes.
+const AT_ONCE: i64 = 5_000;
+
+impl Db {
+    /// Deletes some events from before `oldest` and says how many; to be called until there are none.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn prune_events(&self, world: World, oldest: DateTime<Utc>) -> Result<u64> {
+        let pruned = sqlx::query!(
+            "with old as (
+                select project_id, seq from events where at < $1 order by at limit $2
+            ), gone as (
+                delete from events using old
+                where events.project_id = old.project_id and events.seq = old.seq
+                returning events.project_id, events.seq
+            ), told as (
+                update event_heads set pruned = greatest(pruned, highest)
+                from (select project_id, max(seq) as highest from gone group by project_id) g
+                where event_heads.project_id = g.project_id
+            )
+            select count(*) from gone",
+            oldest,
+            AT_ONCE
+        )
+        .fetch_one(self.world(world))
+        .await?;
+        Ok(pruned.count.unwrap_or_default().unsigned_abs())
+    }
+}
+
+/// A project's events of a world, for whoever follows them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Stream {
+    /// The world.
+    pub world: World,
+    /// The project.
+    pub project: Uuid,
+}

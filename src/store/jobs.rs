@@ -1,0 +1,453 @@
+//! Jobs: the work still owed, and the leases on it.
+//!
+//! A claim gives a job a new lease number and a time by which it must have come further. Whatever the claimer
+//! writes is written only while the number is still the job's, so a job that someone else has taken
+//! over, or that was called off, cannot be finished twice. A job whose claimer is gone becomes ready again: at once when the
+//! claimer's advisory lock is free, and at the end of its lease in any case.
+
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+use super::{Db, ProjectDb, ProjectTx, Result, StoreError, World, to_micros};
+use crate::ids::{Approval, Id, Task};
+
+/// How long a claimer that says nothing keeps a job (design 0.1, Leases).
+pub const LEASE: Duration = Duration::from_secs(10);
+
+/// Work to be done without a request: ids, not data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Job {
+    /// Take a task further, through its run and its review.
+    Task(Id<Task>),
+    /// Judge a task that can never begin because of what it needs.
+    Blocked(Id<Task>),
+    /// Assess finished work again.
+    Reassess(Id<Task>),
+    /// Look at a task's deadline.
+    Deadline(Id<Task>),
+    /// Move an escalated task to the next level.
+    Escalation(Id<Task>),
+    /// Answer an approval that nobody answered.
+    Approval(Id<Approval>),
+}
+
+impl Job {
+    pub(super) fn columns(self) -> (&'static str, Uuid) {
+        match self {
+            Self::Task(task) => ("task", task.uuid()),
+            Self::Blocked(task) => ("blocked", task.uuid()),
+            Self::Reassess(task) => ("reassess", task.uuid()),
+            Self::Deadline(task) => ("deadline", task.uuid()),
+            Self::Escalation(task) => ("escalation", task.uuid()),
+            Self::Approval(approval) => ("approval", approval.uuid()),
+        }
+    }
+
+    fn of(kind: &str, subject: Uuid) -> Option<Self> {
+        Some(match kind {
+            "task" => Self::Task(subject.into()),
+            "blocked" => Self::Blocked(subject.into()),
+            "reassess" => Self::Reassess(subject.into()),
+            "deadline" => Self::Deadline(subject.into()),
+            "escalation" => Self::Escalation(subject.into()),
+            "approval" => Self::Approval(subject.into()),
+            _ => return None,
+        })
+    }
+}
+
+/// A claim on one job.
+#[derive(Debug, Clone)]
+pub struct Lease {
+    /// What is to be done.
+    pub job: Job,
+    /// The door to the project whose job it is.
+    pub db: ProjectDb,
+    /// The fence.
+    number: i64,
+}
+
+impl Lease {
+    /// The number that fences the claimer's writes.
+    pub fn number(&self) -> i64 {
+        self.number
+    }
+}
+
+/// What a claim found.
+#[derive(Debug)]
+pub struct Claimed {
+    /// The jobs.
+    pub leases: Vec<Lease>,
+    /// Where the next claim goes on, so that projects take turns.
+    pub cursor: Uuid,
+}
+
+/// A process that claims jobs, by the advisory lock that it holds while it lives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Holder(i64);
+
+impl Holder {
+    /// A new one.
+    pub fn new(random: u64) -> Self {
+        // Two halves of 31 bits: `pg_locks` shows an advisory lock's number in two unsigned halves.
+        Self(i64::try_from(random & 0x3fff_ffff_7fff_ffff).unwrap_or_default())
+    }
+}
+
+fn seconds(duration: Duration) -> f64 {
+    duration.as_secs_f64()
+}
+
+impl Db {
+    /// A connection that holds a process' lock for as long as it is kept.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn hold(&self, holder: Holder) -> Result<Standing> {
+        let mut connection = self.standing.acquire().await?.detach();
+        sqlx::query_scalar!(r#"select pg_advisory_lock($1)::text as "locked""#, holder.0)
+            .fetch_one(&mut connection)
+            .await?;
+        Ok(Standing(connection))
+    }
+
+    /// Makes ready what has come due, leases that have run out among it. Returns when more comes due.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn ready_due_jobs(&self, world: World) -> Result<Option<DateTime<Utc>>> {
+        sqlx::query!(
+            "update jobs set ready = true, holder = null
+            where not ready and due_at <= clock_timestamp()"
+        )
+        .execute(self.world(world))
+        .await?;
+        Ok(sqlx::query_scalar!(
+            "select min(due_at) from jobs where not ready and due_at < 'infinity'"
+        )
+        .fetch_one(self.world(world))
+        .await?)
+    }
+
+    /// Makes ready what is held by processes that are gone, and says how many there were.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn free_orphaned_jobs(&self, world: World) -> Result<u64> {
+        let freed = sqlx::query!(
+            "with holders as (
+                select distinct holder from jobs where holder is not null
+            ), gone as (
+                select holder from holders
+                where not exists (
+                    select from pg_locks
+                    where locktype = 'advisory' and granted and objsubid = 1
+                      and database = (select oid from pg_database where datname = current_database())
+                      and (classid::bigint << 32) | objid::bigint = holders.holder
+                )
+            )
+            update jobs set ready = true, holder = null, lease = nextval('leases')
+            from gone where jobs.holder = gone.holder"
+        )
+        .execute(self.world(world))
+        .await?;
+        Ok(freed.rows_affected())
+    }
+
+    /// Claims up to `most` ready jobs. Projects take turns: the claim goes round all that have some, from
+    /// `cursor` on, and takes as many of each as there is room for; within a project the highest priority
+    /// goes first, then the oldest.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn claim(
+        &self,
+        world: World,
+        holder: Holder,
+        cursor: Uuid,
+        most: i64,
+    ) -> Result<Claimed> {
+        let rows = sqlx::query!(
+            r#"with recursive turn as (
+                (select project_id, 1 as number from jobs
+                 where ready and project_id > $1 order by project_id limit 1)
+                union all
+                select next.project_id, turn.number + 1
+                from turn cross join lateral (
+                    select project_id from jobs
+                    where ready and project_id > turn.project_id order by project_id limit 1
+                ) next
+                where turn.number < $2::bigint
+            ), picked as (
+                select j.project_id, j.kind, j.subject
+                from turn cross join lateral (
+                    select project_id, kind, subject from jobs
+                    where ready and project_id = turn.project_id
+                    order by priority desc, created_at
+                    limit greatest(1, $2::bigint / (select count(*) from turn))
+                    for update skip locked
+                ) j
+                limit $2::bigint
+            )
+            update jobs
+            set ready = false, holder = $3, lease = nextval('leases'),
+                due_at = clock_timestamp() + make_interval(secs => $4::double precision)
+            from picked
+            where jobs.project_id = picked.project_id and jobs.kind = picked.kind and jobs.subject = picked.subject
+            returning jobs.project_id, jobs.kind, jobs.subject, jobs.lease"#,
+            cursor,
+            most,
+            holder.0,
+            seconds(LEASE)
+        )
+        .fetch_all(self.world(world))
+        .await?;
+        let cursor = rows
+            .iter()
+            .map(|row| row.project_id)
+            .max()
+            .unwrap_or_default();
+        let leases = rows
+            .into_iter()
+            .filter_map(|row| {
+                Some(Lease {
+                    job: Job::of(&row.kind, row.subject)?,
+                    db: self.project(row.project_id, world),
+                    number: row.lease,
+                })
+            })
+            .collect();
+        Ok(Claimed { leases, cursor })
+    }
+
+    /// Extends a process' leases and returns those of the given ones that it still has.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn extend(&self, world: World, holder: Holder, leases: &[i64]) -> Result<Vec<i64>> {
+        Ok(sqlx::query_scalar!(
+            "update jobs set due_at = clock_timestamp() + make_interval(secs => $3::double precision)
+            where holder = $1 and lease = any($2)
+            returning lease",
+            holder.0,
+            leases,
+            seconds(LEASE)
+        )
+        .fetch_all(self.world(world))
+        .await?)
+    }
+}
+
+/// The connection whose lock says that this process lives.
+#[derive(Debug)]
+pub struct Standing(PgConnection);
+
+impl Standing {
+    /// Whether it is still there.
+    ///
+    /// # Errors
+    /// When it is not.
+    pub async fn check(&mut self) -> Result<()> {
+        sqlx::query_scalar!(r#"select 1 as "one!""#)
+            .fetch_one(&mut self.0)
+            .await?;
+        Ok(())
+    }
+}
+
+impl ProjectTx {
+    /// Owes a job, now or later; whoever has a lease on it loses it.
+    ///
+    /// # Errors
+    /// When the database refuses.
+    pub async fn enqueue(&mut self, job: Job, priority: f64, after: Duration) -> Result<()> {
+        let (kind, subject) = job.columns();
+        sqlx::query!(
+            "insert into jobs (project_id, kind, subject, priority, ready, due_at, lease)
+            values ($1, $2, $3, $4, $5::double precision <= 0, clock_timestamp() + make_interval(secs => $5::double precision), nextval('leases'))
+            on conflict (project_id, kind, subject) do update
+            set priority = excluded.priority, ready = excluded.ready, due_at = excluded.due_at,
+                lease = excluded.lease, holder = null, parked_on = null, created_at = excluded.created_at",
+            self.db.project,
+            kind,
+            subject,
+            priority,
+            seconds(after)
+        )
+        .execute(&mut *self.tx)
+        .await?;
+        self.rings_jobs = true;
+        Ok(())
+    }
+
+    /// Owes a job no longer; whoever has a lease on it loses it.
+    ///
+    /// # Errors
+    /// When the database refuses.
+    pub async fn call_off(&mut self, job: Job) -> Result<()> {
+        let (kind, subject) = job.columns();
+        sqlx::query!(
+            "delete from jobs where project_id = $1 and kind = $2 and subject = $3",
+            self.db.project,
+            kind,
+            subject
+        )
+        .execute(&mut *self.tx)
+        .await?;
+        Ok(())
+    }
+
+    /// Keeps a lease for longer. First in a transaction, it fences all that follows.
+    ///
+    /// # Errors
+    /// [`StoreError::LeaseLost`].
+    pub async fn extend(&mut self, lease: &Lease) -> Result<()> {
+        let (kind, subject) = lease.job.columns();
+        let done = sqlx::query!(
+            "update jobs set due_at = clock_timestamp() + make_interval(secs => $5::double precision)
+            where project_id = $1 and kind = $2 and subject = $3 and lease = $4",
+            self.db.project,
+            kind,
+            subject,
+            lease.number,
+            seconds(LEASE)
+        )
+        .execute(&mut *self.tx)
+        .await?;
+        held(done.rows_affected())
+    }
+
+    /// The job is done.
+    ///
+    /// # Errors
+    /// [`StoreError::LeaseLost`].
+    pub async fn complete(&mut self, lease: &Lease) -> Result<()> {
+        let (kind, subject) = lease.job.columns();
+        let done = sqlx::query!(
+            "delete from jobs where project_id = $1 and kind = $2 and subject = $3 and lease = $4",
+            self.db.project,
+            kind,
+            subject,
+            lease.number
+        )
+        .execute(&mut *self.tx)
+        .await?;
+        held(done.rows_affected())
+    }
+
+    /// Gives a job back, to be claimed after a while.
+    ///
+    /// # Errors
+    /// [`StoreError::LeaseLost`].
+    pub async fn put_off(&mut self, lease: &Lease, after: Duration) -> Result<()> {
+        let (kind, subject) = lease.job.columns();
+        let done = sqlx::query!(
+            "update jobs
+            set ready = $5::double precision <= 0, due_at = clock_timestamp() + make_interval(secs => $5::double precision), holder = null,
+                lease = nextval('leases')
+            where project_id = $1 and kind = $2 and subject = $3 and lease = $4",
+            self.db.project,
+            kind,
+            subject,
+            lease.number,
+            seconds(after)
+        )
+        .execute(&mut *self.tx)
+        .await?;
+        self.rings_jobs = true;
+        held(done.rows_affected())
+    }
+
+    /// Lays a task's job aside until a place of `whose` is free: an agent's by its name, or the project's (`""`).
+    ///
+    /// # Errors
+    /// [`StoreError::LeaseLost`].
+    pub async fn park(&mut self, lease: &Lease, whose: &str) -> Result<()> {
+        let (kind, subject) = lease.job.columns();
+        let done = sqlx::query!(
+            "update jobs set ready = false, due_at = 'infinity', holder = null, lease = nextval('leases'), parked_on = $5
+            where project_id = $1 and kind = $2 and subject = $3 and lease = $4",
+            self.db.project,
+            kind,
+            subject,
+            lease.number,
+            whose
+        )
+        .execute(&mut *self.tx)
+        .await?;
+        held(done.rows_affected())
+    }
+
+    /// Everyone who waits for a place looks again.
+    ///
+    /// # Errors
+    /// When the database refuses.
+    pub async fn unpark_all(&mut self) -> Result<()> {
+        let woken = sqlx::query!(
+            "update jobs set ready = true, due_at = clock_timestamp(), parked_on = null
+            where project_id = $1 and parked_on is not null",
+            self.db.project
+        )
+        .execute(&mut *self.tx)
+        .await?;
+        self.rings_jobs |= woken.rows_affected() > 0;
+        Ok(())
+    }
+
+    /// A place of `whose` is free: the first of those that wait for one is ready.
+    ///
+    /// # Errors
+    /// When the database refuses.
+    pub async fn unpark(&mut self, whose: &str, places: i64) -> Result<()> {
+        let woken = sqlx::query!(
+            "update jobs set ready = true, due_at = clock_timestamp(), parked_on = null
+            from (
+                select kind, subject from jobs
+                where project_id = $1 and parked_on = $2
+                order by priority desc, created_at
+                limit $3
+                for update
+            ) first
+            where jobs.project_id = $1 and jobs.kind = first.kind and jobs.subject = first.subject",
+            self.db.project,
+            whose,
+            places
+        )
+        .execute(&mut *self.tx)
+        .await?;
+        self.rings_jobs |= woken.rows_affected() > 0;
+        Ok(())
+    }
+}
+
+impl ProjectDb {
+    /// Gives a job back unfinished, to be claimed at once by another process.
+    ///
+    /// # Errors
+    /// When the database cannot be reached; then the lease runs out.
+    pub async fn hand_over(&self, lease: &Lease) -> Result<()> {
+        let mut tx = self.begin().await?;
+        match tx.put_off(lease, Duration::ZERO).await {
+            Ok(()) => tx.commit().await,
+            Err(StoreError::LeaseLost) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+pub(super) fn held(rows: u64) -> Result<()> {
+    if rows == 0 {
+        Err(StoreError::LeaseLost)
+    } else {
+        Ok(())
+    }
+}
+
+/// An instant that a job is due at, as a pause from now.
+pub fn until(at: DateTime<Utc>, now: DateTime<Utc>) -> Duration {
+    (to_micros(at) - now).to_std().unwrap_or_default()
+}

@@ -1,0 +1,412 @@
+//! Runs of tasks and their steps: what an agent has finished, so that a successor goes on from there.
+
+use chrono::{DateTime, Utc};
+use serde_json::Value;
+use uuid::Uuid;
+
+use super::events::EventColumns;
+use super::jobs::{LEASE, held};
+use super::{CallUsage, Lease, ProjectDb, ProjectTx, Result, RunStatus, Topic, to_micros};
+use crate::event::Event;
+use crate::ids::{self, Agent, Id, Run};
+
+/// What kind of step it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StepKind {
+    /// A model's message.
+    Model,
+    /// A tool's result.
+    Tool,
+    /// What became of earlier steps when they outgrew the model's window.
+    Compaction,
+    /// A reviewer's verdict.
+    Review,
+}
+
+impl StepKind {
+    /// The word for it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Model => "model",
+            Self::Tool => "tool",
+            Self::Compaction => "compaction",
+            Self::Review => "review",
+        }
+    }
+
+    fn of(word: &str) -> Self {
+        match word {
+            "model" => Self::Model,
+            "tool" => Self::Tool,
+            "compaction" => Self::Compaction,
+            _ => Self::Review,
+        }
+    }
+}
+
+/// A step to be recorded.
+#[derive(Debug)]
+pub struct NewStep<'a> {
+    /// Its place in the run, from 0.
+    pub number: i32,
+    /// What kind it is.
+    pub kind: StepKind,
+    /// What it came to.
+    pub body: &'a Value,
+    /// What its model call used.
+    pub usage: Option<&'a CallUsage>,
+    /// The tool call that may begin after it.
+    pub under_way: Option<&'a str>,
+}
+
+/// A step as it is stored.
+#[derive(Debug, Clone)]
+pub struct StepRow {
+    /// Its place in the run.
+    pub number: i32,
+    /// What kind it is.
+    pub kind: StepKind,
+    /// What it came to.
+    pub body: Value,
+    /// When it was recorded.
+    pub created_at: DateTime<Utc>,
+}
+
+/// A run of a task.
+#[derive(Debug, Clone)]
+pub struct RunRow {
+    /// Its id.
+    pub id: Id<Run>,
+    /// The tool call that may have begun.
+    pub under_way: Option<String>,
+    /// How it stands.
+    pub status: String,
+    /// When it began.
+    pub started_at: DateTime<Utc>,
+    /// When it ended.
+    pub ended_at: Option<DateTime<Utc>>,
+}
+
+/// A task that an agent is at.
+#[derive(Debug, Clone)]
+pub struct ProcessRow {
+    /// The agent.
+    pub agent: String,
+    /// The task.
+    pub task: Id<ids::Task>,
+    /// The operating system's number of the server process.
+    pub pid: i64,
+    /// When the run began.
+    pub started_at: DateTime<Utc>,
+    /// When it last came further.
+    pub last_update: DateTime<Utc>,
+    /// The tool that it used last.
+    pub last_tool: Option<String>,
+    /// How many tools it has used.
+    pub tool_calls: i64,
+    /// How many tokens it has used.
+    pub total_tokens: i64,
+}
+
+impl ProjectDb {
+    /// Records a step and keeps the lease, with what is told of it, in one statement and so in one commit.
+    ///
+    /// # Errors
+    /// [`super::StoreError::LeaseLost`]; nothing is recorded then.
+    pub async fn record_step(
+        &self,
+        lease: &Lease,
+        run: Id<Run>,
+        step: &NewStep<'_>,
+        events: Vec<Event>,
+    ) -> Result<()> {
+        let (kind, subject) = lease.job.columns();
+        let events = EventColumns::new(events);
+        let tells = events.count() > 0;
+        let usage = step.usage;
+        let tokens = |count: fn(&CallUsage) -> u64| {
+            usage.map(|usage| i64::try_from(count(usage)).unwrap_or(i64::MAX))
+        };
+        let recorded = sqlx::query_scalar!(
+            r#"with held as (
+                update jobs set due_at = clock_timestamp() + make_interval(secs => $4)
+                where project_id = $1 and kind = $21 and subject = $2 and lease = $3
+                returning project_id
+            ), ran as (
+                update runs set under_way = $9 from held
+                where runs.project_id = $1 and runs.id = $5
+            ), stepped as (
+                insert into steps (project_id, run_id, number, kind, body, created_at)
+                select $1, $5, $6, $7, $8, $10 from held
+            ), called as (
+                insert into model_calls (project_id, run_id, number, id, model, prompt_tokens, completion_tokens,
+                                         cached_tokens, reasoning_tokens, estimated)
+                select $1, $5, $6, $11, $12, $13, $14, $15, $16, $17 from held where $12::text is not null
+            ), spoken as (
+                delete from words using held where words.project_id = $1 and words.task_id = $2
+            ), head as (
+                insert into event_heads (project_id, last) select $1, $18::bigint from held where $18::bigint > 0
+                on conflict (project_id) do update set last = event_heads.last + excluded.last
+                returning last
+            ), told as (
+                insert into events (project_id, seq, name, payload, at)
+                select $1, head.last - $18::bigint + e.number, e.name, e.payload, $10
+                from head cross join unnest($19::text[], $20::text[]) with ordinality as e (name, payload, number)
+            )
+            select count(*) as "count!" from held"#,
+            self.project,
+            subject,
+            lease.number(),
+            LEASE.as_secs_f64(),
+            run.uuid(),
+            step.number,
+            step.kind.as_str(),
+            step.body,
+            step.under_way,
+            events.at,
+            Uuid::now_v7(),
+            usage.map(|usage| usage.model.as_str()),
+            tokens(|usage| usage.prompt_tokens),
+            tokens(|usage| usage.completion_tokens),
+            tokens(|usage| usage.cached_tokens),
+            tokens(|usage| usage.reasoning_tokens),
+            usage.map(|usage| usage.estimated),
+            events.count(),
+            &events.names as _,
+            &events.payloads,
+            kind
+        )
+        .fetch_one(&self.pool)
+        .await?;
+        held(recorded.unsigned_abs())?;
+        if tells {
+            self.bell.ring(Topic::Events(self.world, self.project));
+        }
+        self.bell.ring_if_followed(subject);
+        Ok(())
+    }
+
+    /// A run.
+    ///
+    /// # Errors
+    /// [`super::StoreError::NotFound`].
+    pub async fn run(&self, run: Id<Run>) -> Result<RunRow> {
+        Ok(sqlx::query_as!(
+            RunRow,
+            "select id, under_way, status, started_at, ended_at from runs where project_id = $1 and id = $2",
+            self.project,
+            run.uuid()
+        )
+        .fetch_one(&self.pool)
+        .await?)
+    }
+
+    /// A run's steps from `from` on, in order, at most `limit`.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn steps(&self, run: Id<Run>, from: i32, limit: i64) -> Result<Vec<StepRow>> {
+        let rows = sqlx::query!(
+            "select number, kind, body, created_at from steps
+            where project_id = $1 and run_id = $2 and number >= $3
+            order by number
+            limit $4",
+            self.project,
+            run.uuid(),
+            from,
+            limit
+        )
+        .fetch_all(&self.pool)
+        .await?;
+        Ok(rows
+            .into_iter()
+            .map(|row| StepRow {
+                number: row.number,
+                kind: StepKind::of(&row.kind),
+                body: row.body,
+                created_at: row.created_at,
+            })
+            .collect())
+    }
+
+    /// All steps of a run, in order.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn all_steps(&self, run: Id<Run>) -> Result<Vec<StepRow>> {
+        const AT_ONCE: i64 = 500;
+        let mut steps: Vec<StepRow> = Vec::new();
+        loop {
+            let from = steps.last().map_or(0, |step| step.number + 1);
+            let more = self.steps(run, from, AT_ONCE).await?;
+            let whole = more.len() == usize::try_from(AT_ONCE).unwrap_or(usize::MAX);
+            steps.extend(more);
+            if !whole {
+                return Ok(steps);
+            }
+        }
+    }
+
+    /// Writes down more of what a model is saying, for those who listen elsewhere.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn write_words(
+        &self,
+        task: Id<ids::Task>,
+        run: Id<Run>,
+        step: i32,
+        text: &str,
+    ) -> Result<()> {
+        sqlx::query!(
+            "insert into words (project_id, task_id, run_id, step, text) values ($1, $2, $3, $4, $5)
+            on conflict (project_id, task_id) do update
+            set run_id = excluded.run_id, step = excluded.step, text = excluded.text",
+            self.project,
+            task.uuid(),
+            run.uuid(),
+            step,
+            text
+        )
+        .execute(&self.pool)
+        .await?;
+        self.bell.ring(Topic::Words(task.uuid()));
+        Ok(())
+    }
+
+    /// What a run's model has said of a step that is not finished: the step's number, and the text.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn words(&self, task: Id<ids::Task>, run: Id<Run>) -> Result<Option<(i32, String)>> {
+        let row = sqlx::query!(
+            "select step, text from words where project_id = $1 and task_id = $2 and run_id = $3",
+            self.project,
+            task.uuid(),
+            run.uuid()
+        )
+        .fetch_optional(&self.pool)
+        .await?;
+        Ok(row.map(|row| (row.step, row.text)))
+    }
+
+    /// The tasks that agents are at, the longest running first, at most 1,000.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn processes(&self) -> Result<Vec<ProcessRow>> {
+        Ok(sqlx::query_as!(
+            ProcessRow,
+            r#"select t.assign_to as agent, t.id as task, coalesce(r.started_by, 0) as "pid!", r.started_at,
+                coalesce(s.last_update, r.started_at) as "last_update!",
+                (select body ->> 'name' from steps
+                 where project_id = $1 and run_id = r.id and kind = 'tool' order by number desc limit 1) as last_tool,
+                coalesce(s.tool_calls, 0) as "tool_calls!",
+                (select coalesce(sum(prompt_tokens + completion_tokens), 0)::bigint from model_calls
+                 where project_id = $1 and run_id = r.id) as "total_tokens!"
+            from tasks t
+            join runs r on r.project_id = t.project_id and r.id = t.run_id
+            left join lateral (
+                select max(created_at) as last_update, count(*) filter (where kind = 'tool') as tool_calls
+                from steps where project_id = $1 and run_id = r.id
+            ) s on true
+            where t.project_id = $1 and t.status in ('assigned', 'in_progress', 'review')
+            order by r.started_at, t.id
+            limit 1000"#,
+            self.project
+        )
+        .fetch_all(&self.pool)
+        .await?)
+    }
+}
+
+impl ProjectTx {
+    /// Begins a run of a task.
+    ///
+    /// # Errors
+    /// When the database refuses.
+    pub async fn begin_run(
+        &mut self,
+        run: Id<Run>,
+        task: Id<ids::Task>,
+        agent: Id<Agent>,
+        at: DateTime<Utc>,
+    ) -> Result<()> {
+        sqlx::query!(
+            "insert into runs (project_id, id, task_id, agent_id, status, started_at, started_by)
+            values ($1, $2, $3, $4, 'running', $5, $6)",
+            self.db.project,
+            run.uuid(),
+            task.uuid(),
+            agent.uuid(),
+            to_micros(at),
+            i64::from(std::process::id())
+        )
+        .execute(&mut *self.tx)
+        .await?;
+        Ok(())
+    }
+
+    /// Another process goes on with a run.
+    ///
+    /// # Errors
+    /// When the database refuses.
+    pub async fn take_over_run(&mut self, run: Id<Run>) -> Result<()> {
+        sqlx::query!(
+            "update runs set started_by = $3 where project_id = $1 and id = $2",
+            self.db.project,
+            run.uuid(),
+            i64::from(std::process::id())
+        )
+        .execute(&mut *self.tx)
+        .await?;
+        Ok(())
+    }
+
+    /// Ends a run, with its last step if that is not recorded yet.
+    ///
+    /// # Errors
+    /// When the database refuses.
+    pub async fn end_run(
+        &mut self,
+        run: Id<Run>,
+        status: RunStatus,
+        last: Option<&NewStep<'_>>,
+    ) -> Result<()> {
+        let usage = last.and_then(|step| step.usage);
+        let tokens = |count: fn(&CallUsage) -> u64| {
+            usage.map(|usage| i64::try_from(count(usage)).unwrap_or(i64::MAX))
+        };
+        sqlx::query!(
+            "with ended as (
+                update runs set status = $3, ended_at = clock_timestamp(), under_way = null
+                where project_id = $1 and id = $2
+                returning task_id
+            ), spoken as (
+                delete from words using ended where words.project_id = $1 and words.task_id = ended.task_id
+            ), stepped as (
+                insert into steps (project_id, run_id, number, kind, body, created_at)
+                select $1, $2, $4, $5, $6, clock_timestamp() from ended where $4::int is not null
+            )
+            insert into model_calls (project_id, run_id, number, id, model, prompt_tokens, completion_tokens,
+                                     cached_tokens, reasoning_tokens, estimated)
+            select $1, $2, $4, $7, $8, $9, $10, $11, $12, $13 from ended where $8::text is not null",
+            self.db.project,
+            run.uuid(),
+            status.as_str(),
+            last.map(|step| step.number),
+            last.map(|step| step.kind.as_str()),
+            last.map(|step| step.body),
+            Uuid::now_v7(),
+            usage.map(|usage| usage.model.as_str()),
+            tokens(|usage| usage.prompt_tokens),
+            tokens(|usage| usage.completion_tokens),
+            tokens(|usage| usage.cached_tokens),
+            tokens(|usage| usage.reasoning_tokens),
+            usage.map(|usage| usage.estimated)
+        )
+        .execute(&mut *self.tx)
+        .await?;
+        Ok(())
+    }
+}

@@ -1,0 +1,478 @@
+//! Tasks, and what must be done before them.
+
+use chrono::{DateTime, Utc};
+use serde_json::Value;
+use sqlx::types::Json;
+use uuid::Uuid;
+
+use super::{Job, ProjectDb, ProjectTx, Result, StoreError, Topic, to_micros};
+use crate::event::Event;
+use crate::ids::{self, Id};
+use crate::task::{Document, Status, Task};
+
+/// Which tasks are asked for; `None` asks for all.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct TaskFilter<'a> {
+    /// Those that stand there.
+    pub status: Option<Status>,
+    /// Those with this label.
+    pub group: Option<&'a str>,
+    /// Those of this agent.
+    pub assign_to: Option<&'a str>,
+}
+
+/// Something that must be done before a task.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Need {
+    /// Its id.
+    pub id: Id<ids::Task>,
+    /// Where it stands; `None` when it was deleted.
+    pub status: Option<Status>,
+    /// What it is called.
+    pub title: Option<String>,
+}
+
+struct Stored {
+    id: Uuid,
+    title: String,
+    assign_to: String,
+    status: String,
+    held: bool,
+    group_label: Option<String>,
+    run_id: Option<Uuid>,
+    document: Json<Document>,
+    created_at: DateTime<Utc>,
+    updated_at: DateTime<Utc>,
+}
+
+impl Stored {
+    fn into_task(self) -> Task {
+        let mut task = Task::new(self.title, self.assign_to, self.document.0, self.created_at);
+        task.id = self.id.into();
+        task.held = self.held;
+        task.group = self.group_label;
+        task.run = self.run_id.map(Id::from);
+        task.updated_at = self.updated_at;
+        // The column's check admits these words only.
+        task.restored(Status::of(&self.status).unwrap_or(Status::Failed))
+    }
+}
+
+impl ProjectDb {
+    /// One task.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`].
+    pub async fn task(&self, id: Id<ids::Task>) -> Result<Task> {
+        let stored = sqlx::query_as!(
+            Stored,
+            r#"select id, title, assign_to, status, held, group_label, run_id, document as "document: Json<Document>", created_at, updated_at
+            from tasks where project_id = $1 and id = $2"#,
+            self.project,
+            id.uuid()
+        )
+        .fetch_one(&self.pool)
+        .await?;
+        Ok(stored.into_task())
+    }
+
+    /// Tasks after `after`, oldest first, at most `limit`.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn tasks(
+        &self,
+        filter: TaskFilter<'_>,
+        after: Option<Id<ids::Task>>,
+        limit: i64,
+    ) -> Result<Vec<Task>> {
+        let stored = sqlx::query_as!(
+            Stored,
+            r#"select id, title, assign_to, status, held, group_label, run_id, document as "document: Json<Document>", created_at, updated_at
+            from tasks
+            where project_id = $1
+              and ($2::text is null or status = $2)
+              and ($3::text is null or group_label = $3)
+              and ($4::text is null or assign_to = $4)
+              and ($5::uuid is null or id > $5)
+            order by id
+            limit $6"#,
+            self.project,
+            filter.status.map(Status::as_str),
+            filter.group,
+            filter.assign_to,
+            after.map(Id::uuid),
+            limit
+        )
+        .fetch_all(&self.pool)
+        .await?;
+        Ok(stored.into_iter().map(Stored::into_task).collect())
+    }
+
+    /// What a task needs, in the order of ids.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn needs(&self, task: Id<ids::Task>) -> Result<Vec<Need>> {
+        let rows = sqlx::query!(
+            r#"select d.needs_id, n.status as "status?", n.title as "title?"
+            from dependencies d
+            left join tasks n on n.project_id = d.project_id and n.id = d.needs_id
+            where d.project_id = $1 and d.task_id = $2
+            order by d.needs_id"#,
+            self.project,
+            task.uuid()
+        )
+        .fetch_all(&self.pool)
+        .await?;
+        Ok(rows
+            .into_iter()
+            .map(|row| Need {
+                id: row.needs_id.into(),
+                status: row.status.as_deref().and_then(Status::of),
+                title: row.title,
+            })
+            .collect())
+    }
+}
+
+impl ProjectTx {
+    /// Adds an event to what the commit tells.
+    pub fn emit(&mut self, event: Event) {
+        self.events.push(event);
+    }
+
+    /// The task that `dependsOn` means: an id, else a title, an unfinished task before finished ones. It is held as
+    /// it is until the commit, so that it cannot end unnoticed.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`].
+    pub async fn find_need(&mut self, id_or_title: &str) -> Result<Need> {
+        let id = id_or_title.parse::<Id<ids::Task>>().ok().map(Id::uuid);
+        let row = sqlx::query!(
+            "select id, status, title from tasks
+            where project_id = $1 and (id = $2 or title = $3)
+            order by (id = $2) desc, (status in ('done', 'failed')), id desc
+            limit 1
+            for share",
+            self.db.project,
+            id,
+            id_or_title
+        )
+        .fetch_one(&mut *self.tx)
+        .await?;
+        Ok(Need {
+            id: row.id.into(),
+            status: Status::of(&row.status),
+            title: Some(row.title),
+        })
+    }
+
+    /// Stores a new task with what it needs.
+    ///
+    /// # Errors
+    /// Constraint `tasks_title_key`.
+    pub async fn create_task(&mut self, task: &mut Task, needs: &[Id<ids::Task>]) -> Result<()> {
+        task.created_at = to_micros(task.created_at);
+        task.updated_at = task.created_at;
+        sqlx::query!(
+            "insert into tasks (project_id, id, title, assign_to, status, held, group_label, run_id, document, created_at, updated_at)
+            values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $10)",
+            self.db.project,
+            task.id.uuid(),
+            task.title,
+            task.assign_to,
+            task.status().as_str(),
+            task.held,
+            task.group,
+            task.run.map(Id::uuid),
+            Json(&task.document) as _,
+            task.created_at
+        )
+        .execute(&mut *self.tx)
+        .await?;
+        if !needs.is_empty() {
+            let needs: Vec<Uuid> = needs.iter().map(|need| need.uuid()).collect();
+            sqlx::query!(
+                "insert into dependencies (project_id, task_id, needs_id) select $1, $2, unnest($3::uuid[]) on conflict do nothing",
+                self.db.project,
+                task.id.uuid(),
+                &needs
+            )
+            .execute(&mut *self.tx)
+            .await?;
+        }
+        self.events.append(&mut task.take_events());
+        Ok(())
+    }
+
+    /// One task, held against other changes until the commit.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`].
+    pub async fn lock_task(&mut self, id: Id<ids::Task>) -> Result<Task> {
+        let stored = sqlx::query_as!(
+            Stored,
+            r#"select id, title, assign_to, status, held, group_label, run_id, document as "document: Json<Document>", created_at, updated_at
+            from tasks where project_id = $1 and id = $2
+            for no key update"#,
+            self.db.project,
+            id.uuid()
+        )
+        .fetch_one(&mut *self.tx)
+        .await?;
+        Ok(stored.into_task())
+    }
+
+    /// Stores a changed task with what has happened to it, and wakes those that need it when it has ended.
+    ///
+    /// # Errors
+    /// Constraint `tasks_title_key`.
+    pub async fn save_task(&mut self, task: &mut Task) -> Result<()> {
+        task.updated_at = to_micros(Utc::now()).max(task.updated_at);
+        sqlx::query!(
+            "update tasks
+            set assign_to = $3, status = $4, held = $5, run_id = $6, document = $7, updated_at = $8
+            where project_id = $1 and id = $2",
+            self.db.project,
+            task.id.uuid(),
+            task.assign_to,
+            task.status().as_str(),
+            task.held,
+            task.run.map(Id::uuid),
+            Json(&task.document) as _,
+            task.updated_at
+        )
+        .execute(&mut *self.tx)
+        .await?;
+        let events = task.take_events();
+        let ended = events.iter().any(|event| event.name == "task:transition");
+        self.events.extend(events);
+        if ended && task.status().is_terminal() {
+            self.wake_dependents(task).await?;
+        }
+        Ok(())
+    }
+
+    /// Owes the tasks that can begin now, or a verdict on those that cannot any more.
+    async fn wake_dependents(&mut self, task: &Task) -> Result<()> {
+        // Held until the commit: of two needs that end at once, the second to get here sees the first.
+        let waiting = sqlx::query_scalar!(
+            "select t.id from tasks t
+            join dependencies d on d.project_id = t.project_id and d.task_id = t.id
+            where t.project_id = $1 and d.needs_id = $2 and t.status = 'pending'
+            order by t.id
+            for no key update of t",
+            self.db.project,
+            task.id.uuid()
+        )
+        .fetch_all(&mut *self.tx)
+        .await?;
+        if waiting.is_empty() {
+            return Ok(());
+        }
+        if task.status() == Status::Failed {
+            for id in waiting {
+                self.enqueue(Job::Blocked(id.into()), 1.0, std::time::Duration::ZERO)
+                    .await?;
+            }
+            return Ok(());
+        }
+        sqlx::query!(
+            "insert into jobs (project_id, kind, subject, priority, ready, due_at, lease)
+            select t.project_id, 'task', t.id, (t.document ->> 'priority')::double precision, true, clock_timestamp(), nextval('leases')
+            from tasks t
+            where t.project_id = $1 and t.id = any($2) and not t.held
+              and not exists (
+                select from dependencies d
+                left join tasks n on n.project_id = d.project_id and n.id = d.needs_id
+                where d.project_id = $1 and d.task_id = t.id and n.status is distinct from 'done'
+              )
+            on conflict do nothing",
+            self.db.project,
+            &waiting
+        )
+        .execute(&mut *self.tx)
+        .await?;
+        self.rings_jobs = true;
+        Ok(())
+    }
+
+    /// What a task still waits for.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn unmet_needs(&mut self, task: Id<ids::Task>) -> Result<Vec<Need>> {
+        let rows = sqlx::query!(
+            r#"select d.needs_id, n.status as "status?", n.title as "title?"
+            from dependencies d
+            left join tasks n on n.project_id = d.project_id and n.id = d.needs_id
+            where d.project_id = $1 and d.task_id = $2 and n.status is distinct from 'done'
+            order by d.needs_id"#,
+            self.db.project,
+            task.uuid()
+        )
+        .fetch_all(&mut *self.tx)
+        .await?;
+        Ok(rows
+            .into_iter()
+            .map(|row| Need {
+                id: row.needs_id.into(),
+                status: row.status.as_deref().and_then(Status::of),
+                title: row.title,
+            })
+            .collect())
+    }
+
+    /// Takes needs away from a task.
+    ///
+    /// # Errors
+    /// When the database refuses.
+    pub async fn drop_needs(&mut self, task: Id<ids::Task>, needs: &[Id<ids::Task>]) -> Result<()> {
+        let needs: Vec<Uuid> = needs.iter().map(|need| need.uuid()).collect();
+        sqlx::query!(
+            "delete from dependencies where project_id = $1 and task_id = $2 and needs_id = any($3)",
+            self.db.project,
+            task.uuid(),
+            &needs
+        )
+        .execute(&mut *self.tx)
+        .await?;
+        Ok(())
+    }
+
+    /// How many other tasks are being worked on, by one agent or by all.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn active_tasks(&mut self, agent: Option<&str>, but: Id<ids::Task>) -> Result<i64> {
+        let count = sqlx::query_scalar!(
+            r#"select count(*) as "count!" from tasks
+            where project_id = $1 and status in ('assigned', 'in_progress', 'review')
+              and ($2::text is null or assign_to = $2) and id <> $3"#,
+            self.db.project,
+            agent,
+            but.uuid()
+        )
+        .fetch_one(&mut *self.tx)
+        .await?;
+        Ok(count)
+    }
+
+    /// Whether an agent has tasks that are not finished.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn has_unfinished_tasks(&mut self, agent: &str) -> Result<bool> {
+        Ok(sqlx::query_scalar!(
+            r#"select exists (
+                select from tasks where project_id = $1 and assign_to = $2 and status not in ('done', 'failed')
+            ) as "exists!""#,
+            self.db.project,
+            agent
+        )
+        .fetch_one(&mut *self.tx)
+        .await?)
+    }
+
+    /// Removes tasks with everything of theirs, at most 1,000, and returns which; what needed one of them gets a verdict.
+    ///
+    /// # Errors
+    /// When the database refuses.
+    pub async fn delete_tasks(
+        &mut self,
+        filter: TaskFilter<'_>,
+        only: Option<Id<ids::Task>>,
+    ) -> Result<Vec<Id<ids::Task>>> {
+        let gone = sqlx::query_scalar!(
+            "select id from tasks
+            where project_id = $1
+              and ($2::uuid is null or id = $2)
+              and ($3::text is null or status = $3)
+              and ($4::text is null or group_label = $4)
+            order by id
+            limit 1000
+            for update",
+            self.db.project,
+            only.map(Id::uuid),
+            filter.status.map(Status::as_str),
+            filter.group
+        )
+        .fetch_all(&mut *self.tx)
+        .await?;
+        if gone.is_empty() {
+            return Ok(Vec::new());
+        }
+        sqlx::query!(
+            "delete from jobs
+            where project_id = $1
+              and (subject = any($2)
+                or subject in (select id from approvals where project_id = $1 and task_id = any($2)))",
+            self.db.project,
+            &gone
+        )
+        .execute(&mut *self.tx)
+        .await?;
+        sqlx::query!(
+            "delete from words where project_id = $1 and task_id = any($2)",
+            self.db.project,
+            &gone
+        )
+        .execute(&mut *self.tx)
+        .await?;
+        sqlx::query!(
+            "delete from tasks where project_id = $1 and id = any($2)",
+            self.db.project,
+            &gone
+        )
+        .execute(&mut *self.tx)
+        .await?;
+        let waiting = sqlx::query_scalar!(
+            "select t.id from tasks t
+            where t.project_id = $1 and t.status = 'pending'
+              and exists (select from dependencies d where d.project_id = $1 and d.task_id = t.id and d.needs_id = any($2))
+            order by t.id
+            for no key update of t",
+            self.db.project,
+            &gone
+        )
+        .fetch_all(&mut *self.tx)
+        .await?;
+        for id in waiting {
+            self.enqueue(Job::Blocked(id.into()), 1.0, std::time::Duration::ZERO)
+                .await?;
+        }
+        self.stops.extend(&gone);
+        Ok(gone.into_iter().map(Id::from).collect())
+    }
+
+    /// Tells whichever process runs a task to stop that run, after the commit.
+    pub fn stop_run(&mut self, task: Id<ids::Task>) {
+        self.stops.push(task.uuid());
+    }
+
+    pub(super) fn topics(&self) -> impl Iterator<Item = Topic> {
+        let (world, project) = (self.db.world, self.db.project);
+        let jobs = self.rings_jobs.then_some(Topic::Jobs(world));
+        let events = self.tells.then_some(Topic::Events(world, project));
+        let stops: Vec<Topic> = self.stops.iter().copied().map(Topic::Stop).collect();
+        jobs.into_iter().chain(events).chain(stops)
+    }
+}
+
+/// Nothing of a task can hold a NUL character.
+pub fn storable(value: &mut Value) {
+    match value {
+        Value::String(text) if text.contains('\0') => *text = text.replace('\0', "\u{fffd}"),
+        Value::Array(items) => items.iter_mut().for_each(storable),
+        Value::Object(members) => members.values_mut().for_each(storable),
+        _ => {}
+    }
+}
+
+impl StoreError {
+    /// Whether an unfinished task has the title already.
+    pub fn is_title_taken(&self) -> bool {
+        self.is_constraint("tasks_title_key")
+    }
+}

@@ -1,0 +1,294 @@
+//! Wake-ups: who waits for something to be committed is told when it is, in this process at once and in every
+//! other by `NOTIFY`.
+//!
+//! A wake-up carries nothing and may be lost: whoever hears one looks into the database, and looks now and then
+//! without one. They go out after the commit and together, because `NOTIFY` inside a transaction takes a lock
+//! that all commits of the cluster queue on.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use sqlx::postgres::PgListener;
+use tokio::sync::{Notify, watch};
+use uuid::Uuid;
+
+use super::{Db, Result, World};
+
+/// The channel that all processes listen on. Channels are per database.
+const CHANNEL: &str = "polpo";
+/// Wake-ups of so long a time go out together.
+const GATHER: Duration = Duration::from_millis(3);
+/// Postgres takes payloads of less than 8,000 bytes.
+const PAYLOAD: usize = 7_900;
+/// How long a task's words are written down after someone asked for them.
+pub(super) const FOLLOWED: Duration = Duration::from_secs(15);
+
+/// What can be waited for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Topic {
+    /// Work of a world, due now or at a new time.
+    Jobs(World),
+    /// Events of a project.
+    Events(World, Uuid),
+    /// A task's unfinished words.
+    Words(Uuid),
+    /// Someone listens to a task.
+    Listener(Uuid),
+    /// A task's run is to stop.
+    Stop(Uuid),
+}
+
+impl Topic {
+    fn write(self, text: &mut String) {
+        use std::fmt::Write;
+        let written = match self {
+            Self::Jobs(world) => write!(text, "j{}", letter(world)),
+            Self::Events(world, project) => write!(text, "e{}{}", letter(world), project.simple()),
+            Self::Words(task) => write!(text, "w-{}", task.simple()),
+            Self::Listener(task) => write!(text, "l-{}", task.simple()),
+            Self::Stop(task) => write!(text, "s-{}", task.simple()),
+        };
+        written.expect("a String takes everything");
+    }
+
+    fn read(text: &str) -> Option<Self> {
+        let world = match text.get(1..2)? {
+            "p" => World::Live,
+            "s" => World::Test,
+            _ => World::Live,
+        };
+        let id = || Uuid::try_parse(text.get(2..)?).ok();
+        Some(match text.get(..1)? {
+            "j" => Self::Jobs(world),
+            "e" => Self::Events(world, id()?),
+            "w" => Self::Words(id()?),
+            "l" => Self::Listener(id()?),
+            "s" => Self::Stop(id()?),
+            _ => return None,
+        })
+    }
+}
+
+fn letter(world: World) -> char {
+    match world {
+        World::Live => 'p',
+        World::Test => 's',
+    }
+}
+
+/// Who waits in this process, and what other processes are still to be told.
+#[derive(Debug)]
+pub(super) struct Bell {
+    waiting: Mutex<HashMap<Topic, watch::Sender<()>>>,
+    /// Tasks that someone listens to, until when.
+    followed: Mutex<HashMap<Uuid, Instant>>,
+    outgoing: Mutex<HashSet<Topic>>,
+    something: Notify,
+    /// Tells this process' own notifications from others'.
+    origin: String,
+}
+
+const POISONED: &str = "nothing panics while it holds the bell";
+
+impl Default for Bell {
+    fn default() -> Self {
+        Self {
+            waiting: Mutex::default(),
+            followed: Mutex::default(),
+            outgoing: Mutex::default(),
+            something: Notify::new(),
+            origin: Uuid::now_v7().simple().to_string(),
+        }
+    }
+}
+
+impl Bell {
+    pub(super) fn wait(&self, topic: Topic) -> watch::Receiver<()> {
+        let mut waiting = self.waiting.lock().expect(POISONED);
+        if waiting.len() > 1024 && waiting.len().is_power_of_two() {
+            waiting.retain(|_, sender| sender.receiver_count() > 0);
+        }
+        waiting
+            .entry(topic)
+            .or_insert_with(|| watch::Sender::new(()))
+            .subscribe()
+    }
+
+    /// Wakes this process' waiters now and the others' in a moment.
+    pub(super) fn ring(&self, topic: Topic) {
+        self.ring_here(topic);
+        self.outgoing.lock().expect(POISONED).insert(topic);
+        self.something.notify_one();
+    }
+
+    /// Wakes those who listen to a task, if anyone does.
+    pub(super) fn ring_if_followed(&self, task: Uuid) {
+        if self.is_followed(task) {
+            self.ring(Topic::Words(task));
+        }
+    }
+
+    fn is_followed(&self, task: Uuid) -> bool {
+        let followed = self.followed.lock().expect(POISONED);
+        followed
+            .get(&task)
+            .is_some_and(|at| at.elapsed() < FOLLOWED)
+    }
+
+    fn ring_here(&self, topic: Topic) {
+        if let Topic::Listener(task) = topic {
+            let mut followed = self.followed.lock().expect(POISONED);
+            if followed.len() > 10_000 {
+                followed.retain(|_, at| at.elapsed() < FOLLOWED);
+            }
+            followed.insert(task, Instant::now());
+        }
+        let mut waiting = self.waiting.lock().expect(POISONED);
+        if let Some(sender) = waiting.get(&topic) {
+            if sender.receiver_count() == 0 {
+                waiting.remove(&topic);
+            } else {
+                sender.send_replace(());
+            }
+        }
+    }
+
+    fn ring_all_here(&self) {
+        for sender in self.waiting.lock().expect(POISONED).values() {
+            sender.send_replace(());
+        }
+    }
+
+    fn take_outgoing(&self) -> Vec<String> {
+        let topics = std::mem::take(&mut *self.outgoing.lock().expect(POISONED));
+        let mut payloads = vec![self.origin.clone()];
+        for topic in topics {
+            let mut last = payloads.last_mut().expect("there is always one");
+            if last.len() + 40 > PAYLOAD {
+                payloads.push(self.origin.clone());
+                last = payloads.last_mut().expect("one was pushed");
+            }
+            last.push(' ');
+            topic.write(last);
+        }
+        payloads
+    }
+}
+
+impl Db {
+    /// Waits for wake-ups of a topic; those before the call are not heard.
+    pub fn wait(&self, topic: Topic) -> watch::Receiver<()> {
+        self.bell.wait(topic)
+    }
+
+    /// Wakes whoever waits for a topic, in every process.
+    pub fn ring(&self, topic: Topic) {
+        self.bell.ring(topic);
+    }
+
+    /// Whether someone has asked for a task's words lately.
+    pub fn is_followed(&self, task: Uuid) -> bool {
+        self.bell.is_followed(task)
+    }
+
+    /// Carries wake-ups between processes, for as long as it is polled.
+    pub async fn carry_wakeups(&self) {
+        tokio::join!(self.send_wakeups(), self.hear_wakeups());
+    }
+
+    async fn send_wakeups(&self) {
+        loop {
+            self.bell.something.notified().await;
+            tokio::time::sleep(GATHER).await;
+            for payload in self.bell.take_outgoing() {
+                let sent = sqlx::query_scalar!(
+                    r#"select pg_notify($1, $2)::text as "sent""#,
+                    CHANNEL,
+                    payload
+                )
+                .fetch_one(&self.platform)
+                .await;
+                if let Err(error) = sent {
+                    // The others look by themselves within half a second.
+                    tracing::warn!("other processes are not woken: {error}");
+                }
+            }
+        }
+    }
+
+    async fn hear_wakeups(&self) {
+        loop {
+            if let Err(error) = self.listen().await {
+                tracing::warn!("wake-ups of other processes are not heard, trying again: {error}");
+            }
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
+    }
+
+    async fn listen(&self) -> Result<()> {
+        let mut listener = PgListener::connect_with(&self.standing).await?;
+        listener.listen(CHANNEL).await?;
+        loop {
+            // What was said while there was no connection is lost: everyone looks.
+            self.bell.ring_all_here();
+            while let Some(notification) = listener.try_recv().await? {
+                let mut words = notification.payload().split(' ');
+                if words.next() != Some(&self.bell.origin) {
+                    words
+                        .filter_map(Topic::read)
+                        .for_each(|topic| self.bell.ring_here(topic));
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_topic_reads_back_what_it_writes() {
+        let id = Uuid::now_v7();
+        for topic in [
+            Topic::Jobs(World::Live),
+            Topic::Jobs(World::Test),
+            Topic::Events(World::Live, id),
+            Topic::Events(World::Test, id),
+            Topic::Words(id),
+            Topic::Listener(id),
+            Topic::Stop(id),
+        ] {
+            let mut text = String::new();
+            topic.write(&mut text);
+            assert_eq!(Topic::read(&text), Some(topic), "{text}");
+        }
+        for text in ["", "x", "w", "w-", "e", "epnonsense"] {
+            assert_eq!(Topic::read(text), None, "{text}");
+        }
+    }
+
+    #[tokio::test]
+    async fn whoever_waits_is_woken_and_many_topics_go_out_in_several_payloads() {
+        let bell = Bell::default();
+        let task = Uuid::now_v7();
+        let mut waiting = bell.wait(Topic::Stop(task));
+        bell.ring(Topic::Stop(Uuid::now_v7()));
+        assert!(!waiting.has_changed().unwrap());
+        bell.ring(Topic::Stop(task));
+        waiting.changed().await.unwrap();
+        for _ in 0..500 {
+            bell.ring(Topic::Stop(Uuid::now_v7()));
+        }
+        let payloads = bell.take_outgoing();
+        assert!(payloads.len() > 1 && payloads.iter().all(|payload| payload.len() < 8_000));
+        assert_eq!(
+            payloads
+                .iter()
+                .map(|payload| payload.split(' ').count() - 1)
+                .sum::<usize>(),
+            502
+        );
+    }
+}

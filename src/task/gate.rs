@@ -1,0 +1,263 @@
+//! Gates: where people must say yes, and the expressions that decide when (contract 2.11).
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::Task;
+
+/// Where a gate can stand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[schema(as = GateHook)]
+pub enum Hook {
+    /// Before a new task may wait for its turn.
+    #[serde(rename = "task:create")]
+    TaskCreate,
+    /// Before an agent begins.
+    #[serde(rename = "task:spawn", alias = "task:assign")]
+    TaskSpawn,
+    /// Before a task becomes `assigned` or `done`.
+    #[serde(rename = "task:transition")]
+    TaskTransition,
+    /// Before a task is done.
+    #[serde(rename = "task:complete")]
+    TaskComplete,
+    /// Before a task fails for good.
+    #[serde(rename = "task:fail")]
+    TaskFail,
+    /// Before a full retry.
+    #[serde(rename = "task:retry")]
+    TaskRetry,
+    /// Before the work is judged.
+    #[serde(rename = "assessment:run")]
+    AssessmentRun,
+    /// After it was judged, before the verdict counts.
+    #[serde(rename = "assessment:complete")]
+    AssessmentComplete,
+}
+
+impl Hook {
+    /// Its name on the wire.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::TaskCreate => "task:create",
+            Self::TaskSpawn => "task:spawn",
+            Self::TaskTransition => "task:transition",
+            Self::TaskComplete => "task:complete",
+            Self::TaskFail => "task:fail",
+            Self::TaskRetry => "task:retry",
+            Self::AssessmentRun => "assessment:run",
+            Self::AssessmentComplete => "assessment:complete",
+        }
+    }
+}
+
+/// Who decides at a gate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum GateHandler {
+    /// The condition alone: where it holds, the way is closed.
+    Auto,
+    /// A person, where the condition holds or there is none.
+    Human,
+}
+
+/// What happens to a request that nobody answers in time.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "lowercase")]
+#[schema(as = ApprovalTimeoutAction)]
+pub enum OnTimeout {
+    /// As if approved.
+    Approve,
+    /// The task fails.
+    #[default]
+    Reject,
+}
+
+/// What the database calls them.
+pub const ON_TIMEOUT: [(OnTimeout, &str); 2] = [
+    (OnTimeout::Approve, "approve"),
+    (OnTimeout::Reject, "reject"),
+];
+
+/// When a gate is closed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[schema(as = GateCondition)]
+pub struct Condition {
+    /// CEL over `data`, `task` and `mission`; true closes the gate.
+    #[schema(max_length = 2048)]
+    pub expression: String,
+}
+
+/// A gate of the project's settings.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schema(as = ApprovalGate)]
+pub struct Gate {
+    /// Unique among the project's gates.
+    pub id: String,
+    /// For people to read.
+    pub name: String,
+    /// Who decides.
+    pub handler: GateHandler,
+    /// Where it stands.
+    pub hook: Hook,
+    /// When it is closed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub condition: Option<Condition>,
+    /// For other systems to read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub notify_channels: Option<Vec<String>>,
+    /// Milliseconds until `timeoutAction`; 0 or absent is never.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout_ms: Option<u64>,
+    /// What then happens.
+    #[serde(default)]
+    pub timeout_action: OnTimeout,
+    /// Lower ones decide first; 50 when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub priority: Option<i32>,
+    /// How often a task may be rejected; 3 when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_revisions: Option<u32>,
+    /// Whether the request shows what the run left behind.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub include_outcomes: Option<bool>,
+}
+
+/// Rejections of one task when a gate says nothing of it.
+const MAX_REVISIONS: u32 = 3;
+
+/// The longest expression, in bytes.
+const LONGEST: usize = 2048;
+
+impl Gate {
+    /// The gate that every task with `sideEffects` passes before it is done.
+    pub fn side_effects() -> Self {
+        Self {
+            id: "side-effects".to_owned(),
+            name: "Side effects".to_owned(),
+            handler: GateHandler::Human,
+            hook: Hook::TaskComplete,
+            condition: None,
+            notify_channels: None,
+            timeout_ms: None,
+            timeout_action: OnTimeout::Reject,
+            priority: None,
+            max_revisions: None,
+            include_outcomes: Some(true),
+        }
+    }
+
+    /// How often a task may be rejected at it.
+    pub fn revisions(&self) -> u32 {
+        self.max_revisions.unwrap_or(MAX_REVISIONS)
+    }
+
+    pub(super) fn check(&self) -> Result<(), String> {
+        if self.id.is_empty() || self.name.is_empty() {
+            return Err("`id` and `name` must not be empty.".to_owned());
+        }
+        match &self.condition {
+            None => Ok(()),
+            Some(condition) if condition.expression.len() > LONGEST => Err(format!(
+                "`condition.expression` is longer than {LONGEST} bytes."
+            )),
+            Some(condition) => cel::Program::compile(&condition.expression)
+                .map(drop)
+                .map_err(|error| {
+                    let reason = error.to_string();
+                    let line = reason.lines().next().unwrap_or_default().to_owned();
+                    format!("`condition.expression` is not CEL: {line}")
+                }),
+        }
+    }
+
+    /// Whether it stands in the way. A condition that cannot be evaluated closes the gate: better a question
+    /// too many than an action that nobody allowed.
+    pub fn is_closed(&self, context: &Value) -> bool {
+        let holds = self
+            .condition
+            .as_ref()
+            .map(|condition| evaluate(&condition.expression, context));
+        match (self.handler, holds) {
+            (GateHandler::Human, None) => true,
+            (GateHandler::Auto, None) => false,
+            (_, Some(Ok(holds))) => holds,
+            (_, Some(Err(reason))) => {
+                tracing::warn!(
+                    gate = self.id,
+                    "a gate's condition cannot be evaluated: {reason}"
+                );
+                true
+            }
+        }
+    }
+
+    /// The gate that stands in a task's way at a hook, if one does.
+    pub fn closed<'a>(
+        gates: &'a [Self],
+        hook: Hook,
+        task: &Task,
+        context: &Value,
+    ) -> Option<&'a Self> {
+        let mut there: Vec<&Self> = gates
+            .iter()
+            .filter(|gate| gate.hook == hook && !task.document.passed_gates.contains(&gate.id))
+            .collect();
+        there.sort_by_key(|gate| gate.priority.unwrap_or(50));
+        there.into_iter().find(|gate| gate.is_closed(context))
+    }
+}
+
+/// What expressions can see of a task.
+pub fn context(task: &Task, hook: Hook, data: &Value) -> Value {
+    json!({"data": data, "task": task.view(), "mission": {}, "hook": hook.as_str()})
+}
+
+fn evaluate(expression: &str, context: &Value) -> Result<bool, String> {
+    let program = cel::Program::compile(expression).map_err(|error| error.to_string())?;
+    let mut variables = cel::Context::default();
+    for name in ["data", "task", "mission"] {
+        variables
+            .add_variable(name, &context[name])
+            .map_err(|error| error.to_string())?;
+    }
+    match program.execute(&variables) {
+        Ok(cel::Value::Bool(holds)) => Ok(holds),
+        Ok(other) => Err(format!("it is {:?} and not true or false", other.type_of())),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn gate(handler: &str, expression: Option<&str>) -> Gate {
+        let condition = expression.map(|expression| json!({"expression": expression}));
+        let gate = json!({"id": "g", "name": "G", "handler": handler, "hook": "task:spawn", "condition": condition});
+        serde_json::from_value(gate).unwrap()
+    }
+
+    #[test]
+    fn a_gate_is_closed_where_its_condition_holds_or_cannot_be_told() {
+        let context = json!({"data": {"n": 3}, "task": {"priority": 5.0, "title": "Publish it", "tags": ["a"]}, "mission": {}});
+        for (handler, expression, closed) in [
+            ("human", None, true),
+            ("auto", None, false),
+            ("human", Some("task.priority > 4.0"), true),
+            ("human", Some("task.priority > 5.0"), false),
+            ("auto", Some("task.title.startsWith('Publish')"), true),
+            ("auto", Some("data.n == 4"), false),
+            ("auto", Some("'a' in task.tags"), true),
+            ("auto", Some("task.nothing.here == 1"), true),
+            ("auto", Some("data.n"), true),
+        ] {
+            assert_eq!(
+                gate(handler, expression).is_closed(&context),
+                closed,
+                "{handler} {expression:?}"
+            );
+        }
+    }
+}

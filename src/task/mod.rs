@@ -1,0 +1,508 @@
+//! Tasks as values: what a task is, how it moves, and what follows a failure. No I/O.
+//!
+//! A [`Task`]'s status is private: it changes through [`Task::go`], [`Task::bypass`] and [`Task::retry`] alone, and each change
+//! leaves its event in the task, to be stored in the same commit.
+
+use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use crate::event::{Event, timestamp};
+use crate::ids::{self, Id};
+
+mod expectation;
+mod gate;
+mod policy;
+mod review;
+mod settings;
+mod status;
+
+pub use expectation::{
+    Confidence, Dimension, Expectation, ExpectedOutcome, Outcome, OutcomeKind, refuse_metrics,
+};
+pub use gate::{Gate, GateHandler, Hook, ON_TIMEOUT, OnTimeout, context};
+pub use policy::{Failure, Follow, Level, backoff};
+pub use review::{
+    Assessment, Check, DEFAULT_THRESHOLD, REVIEWERS, Review, Score, Trigger, answer_schema,
+    assessment, default_dimensions, instructions, judge, material, may_correct_threshold,
+    read_answer,
+};
+pub use settings::{Escalation, EscalationLevel, Handler, Settings, SettingsError, Violation};
+pub use status::{Bypass, IllegalStep, Status};
+
+/// What goes on in a task (contract 2.6.1); absent when nothing does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+#[schema(as = TaskPhase)]
+pub enum Phase {
+    /// The agent works.
+    Execution,
+    /// Its work is judged.
+    Review,
+    /// The agent mends its work.
+    Fix,
+    /// The agent was answered and works on.
+    Clarification,
+}
+
+/// Why a run ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EndReason {
+    /// The agent had said all it wanted to.
+    Finished,
+    /// It used up its turns.
+    MaxTurns,
+    /// The task's date passed.
+    Deadline,
+    /// The run took longer than it may.
+    Timeout,
+    /// Someone stopped it.
+    Killed,
+    /// Something broke: `cause` says what.
+    Error,
+}
+
+/// What the last run came to (contract 2.6.1, design 0.1).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct TaskResult {
+    /// 0 when the agent finished, else 1.
+    pub exit_code: i32,
+    /// The text of its last answer.
+    pub stdout: String,
+    /// What went wrong, in a sentence.
+    pub stderr: String,
+    /// Milliseconds from the run's start to its end.
+    pub duration: i64,
+    /// Why it ended.
+    pub reason: EndReason,
+    /// What broke, as the provider or the engine told it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cause: Option<String>,
+    /// How it was judged.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub assessment: Option<Value>,
+    /// How it was judged before, oldest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub assessment_history: Vec<Value>,
+}
+
+/// How a task changes hands when it fails (contract 2.6.4).
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RetryPolicy {
+    /// From this attempt on it is someone else's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub escalate_after: Option<u32>,
+    /// Whose; the agent's `reportsTo` when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fallback_agent: Option<String>,
+    /// The model that escalated attempts run with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub escalate_model: Option<String>,
+}
+
+/// Everything of a task that nothing searches for.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Document {
+    /// The instructions as they stand.
+    pub description: String,
+    /// The instructions before the first rewrite.
+    pub original_description: Option<String>,
+    /// What goes on.
+    pub phase: Option<Phase>,
+    /// Titles or ids, as they were given.
+    pub depends_on: Vec<String>,
+    /// What the work must be like.
+    #[serde(with = "stored_expectations")]
+    pub expectations: Vec<Expectation>,
+    /// What the work must leave behind.
+    pub expected_outcomes: Option<Vec<ExpectedOutcome>>,
+    /// How much it matters: higher runs first.
+    pub priority: f64,
+    /// Full retries before it fails.
+    pub max_retries: u32,
+    /// Full retries used.
+    pub retries: u32,
+    /// Attempts to mend since the last full retry.
+    pub fix_attempts: u32,
+    /// Questions answered.
+    pub question_rounds: u32,
+    /// Verdicts on it as a blocked task.
+    pub resolution_attempts: u32,
+    /// Rejections by people.
+    pub revision_count: u32,
+    /// Whether it touches the outside world.
+    pub side_effects: bool,
+    /// The longest that one run may take, in milliseconds; 0 is no limit, absent the project's.
+    pub max_duration: Option<u64>,
+    /// How it changes hands.
+    pub retry_policy: Option<RetryPolicy>,
+    /// When it must be done.
+    pub deadline: Option<DateTime<Utc>>,
+    /// Members that are kept for others to read: `notifications`, `user`, `loop`, ….
+    pub extras: Map<String, Value>,
+    /// What the run left behind.
+    pub outcomes: Vec<Outcome>,
+    /// What the last run came to.
+    pub result: Option<TaskResult>,
+    /// What the next run is told of the attempts before it.
+    pub feedback: Option<String>,
+    /// What its next assessment is called.
+    pub trigger: Option<String>,
+    /// The model that it runs with in place of its agent's.
+    pub model: Option<String>,
+    /// The level of the escalation policy that it has reached.
+    pub escalation_level: Option<u32>,
+    /// Gates that let it through in this attempt.
+    pub passed_gates: Vec<String>,
+    /// Whether the last answer may be a question.
+    pub may_be_question: bool,
+    /// Whether a level of the escalation policy is still to act.
+    pub escalation_owed: bool,
+    /// Whether people were warned of its deadline, and told that it passed.
+    pub sla_warned: bool,
+    /// See `sla_warned`.
+    pub sla_violated: bool,
+}
+
+mod stored_expectations {
+    //! What is stored was checked when it came in.
+    use serde::de::Error;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    use super::Expectation;
+
+    pub(super) fn serialize<S: Serializer>(
+        expectations: &[Expectation],
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        expectations.serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Vec<Expectation>, D::Error> {
+        let value = serde_json::Value::deserialize(deserializer)?;
+        Expectation::parse_all(&value).map_err(D::Error::custom)
+    }
+}
+
+/// A task, and what has happened to it since it was read.
+#[derive(Debug, Clone)]
+pub struct Task {
+    /// Its id.
+    pub id: Id<ids::Task>,
+    /// What it is called.
+    pub title: String,
+    /// The agent that works on it.
+    pub assign_to: String,
+    /// Whether it is paused.
+    pub held: bool,
+    /// A label that it shares with others.
+    pub group: Option<String>,
+    /// Its last run.
+    pub run: Option<Id<ids::Run>>,
+    /// The rest.
+    pub document: Document,
+    /// When it was made.
+    pub created_at: DateTime<Utc>,
+    /// When it last changed.
+    pub updated_at: DateTime<Utc>,
+    status: Status,
+    /// Where it stood when it was read.
+    was: Status,
+    events: Vec<Event>,
+}
+
+impl Task {
+    /// A new task. It begins as a draft; [`Task::go`] makes it pending.
+    pub fn new(title: String, assign_to: String, document: Document, now: DateTime<Utc>) -> Self {
+        Self {
+            id: Id::new(),
+            title,
+            assign_to,
+            held: false,
+            group: None,
+            run: None,
+            document,
+            created_at: now,
+            updated_at: now,
+            status: Status::Draft,
+            was: Status::Draft,
+            events: Vec::new(),
+        }
+    }
+
+    /// The same task with the status that is stored: for the store alone.
+    #[must_use]
+    pub fn restored(mut self, status: Status) -> Self {
+        self.status = status;
+        self.was = status;
+        self
+    }
+
+    /// Whether an agent was at it when it was read, and is no more.
+    pub fn has_left_its_agent(&self) -> bool {
+        self.was.is_active() && !self.status.is_active()
+    }
+
+    /// Where it stands.
+    pub fn status(&self) -> Status {
+        self.status
+    }
+
+    /// Takes what has happened to it, to be stored with it.
+    pub fn take_events(&mut self) -> Vec<Event> {
+        std::mem::take(&mut self.events)
+    }
+
+    /// Adds what has happened to it.
+    pub fn tell(&mut self, name: &'static str, payload: Value) {
+        let mut whole = json!({"taskId": self.id});
+        if let (Some(whole), Value::Object(members)) = (whole.as_object_mut(), payload) {
+            whole.extend(members);
+        }
+        self.events.push(Event::new(name, whole));
+    }
+
+    /// Adds the event that shows the whole task.
+    pub fn tell_created(&mut self) {
+        let payload = json!({"task": self.view()});
+        self.tell("task:created", payload);
+    }
+
+    /// Adds the event that a field changed.
+    pub fn tell_updated(&mut self) {
+        let payload = json!({"task": self.view()});
+        self.tell("task:updated", payload);
+    }
+
+    /// Takes a step of the table.
+    ///
+    /// # Errors
+    /// When the table does not have it; nothing is changed then.
+    pub fn go(&mut self, to: Status) -> Result<(), IllegalStep> {
+        let from = self.status;
+        if !from.allows(to) {
+            return Err(IllegalStep { from, to });
+        }
+        if (from, to) == (Status::Failed, Status::Pending) {
+            self.document.retries += 1;
+        }
+        self.enter(to);
+        Ok(())
+    }
+
+    /// Takes one of the engine's own ways. False when it does not apply from here, and nothing is changed.
+    pub fn bypass(&mut self, bypass: Bypass) -> bool {
+        match bypass.from(self.status) {
+            Some(to) => {
+                self.enter(to);
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Ends this attempt and begins the next: `failed` and on to `pending`, told as one change, because
+    /// between two attempts a task is pending (design 0.1).
+    ///
+    /// # Errors
+    /// When the task cannot fail from here.
+    pub fn retry(&mut self) -> Result<(), IllegalStep> {
+        let from = self.status;
+        if from != Status::Failed && !from.allows(Status::Failed) {
+            return Err(IllegalStep {
+                from,
+                to: Status::Failed,
+            });
+        }
+        self.document.retries += 1;
+        self.enter(Status::Pending);
+        Ok(())
+    }
+
+    /// A passing second assessment of failed work: through every state to `done`, told as one change.
+    pub fn redeem(&mut self) -> bool {
+        if self.status != Status::Failed {
+            return false;
+        }
+        self.document.retries += 1;
+        self.enter(Status::Done);
+        true
+    }
+
+    fn enter(&mut self, to: Status) {
+        let from = std::mem::replace(&mut self.status, to);
+        if to.is_terminal() {
+            self.document.phase = None;
+            self.held = false;
+        }
+        let payload =
+            json!({"from": from, "to": to, "agentName": self.assign_to, "task": self.view()});
+        self.tell("task:transition", payload);
+        if to == Status::Done {
+            let payload = json!({"status": to, "agentName": self.assign_to, "task": self.view()});
+            self.tell("task:completed", payload);
+        }
+    }
+
+    /// Replaces the instructions; the first ones are kept.
+    pub fn rewrite(&mut self, description: String) {
+        let before = std::mem::replace(&mut self.document.description, description);
+        self.document.original_description.get_or_insert(before);
+    }
+
+    /// The task as the API shows it (contract 2.6.1).
+    pub fn view(&self) -> Value {
+        let document = &self.document;
+        let mut view = json!({
+            "id": self.id,
+            "title": self.title,
+            "description": document.description,
+            "assignTo": self.assign_to,
+            "status": self.status,
+            "priority": document.priority,
+            "dependsOn": document.depends_on,
+            "expectations": document.expectations,
+            "metrics": [],
+            "retries": document.retries,
+            "maxRetries": document.max_retries,
+            "fixAttempts": document.fix_attempts,
+            "questionRounds": document.question_rounds,
+            "resolutionAttempts": document.resolution_attempts,
+            "revisionCount": document.revision_count,
+            "sideEffects": document.side_effects,
+            "outcomes": document.outcomes,
+        });
+        let optional = [
+            ("phase", json!(document.phase)),
+            ("group", json!(self.group)),
+            ("originalDescription", json!(document.original_description)),
+            ("expectedOutcomes", json!(document.expected_outcomes)),
+            ("maxDuration", json!(document.max_duration)),
+            ("retryPolicy", json!(document.retry_policy)),
+            ("deadline", json!(document.deadline.map(timestamp))),
+            ("runId", json!(self.run)),
+            ("result", json!(document.result)),
+        ];
+        let members = view.as_object_mut().expect("it was made as an object");
+        for (key, value) in optional {
+            if !value.is_null() {
+                members.insert(key.to_owned(), value);
+            }
+        }
+        if self.held {
+            members.insert("held".to_owned(), json!(true));
+        }
+        for (key, value) in &document.extras {
+            members.entry(key.clone()).or_insert_with(|| value.clone());
+        }
+        members.insert("createdAt".to_owned(), json!(timestamp(self.created_at)));
+        members.insert("updatedAt".to_owned(), json!(timestamp(self.updated_at)));
+        view
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn task() -> Task {
+        Task::new(
+            "t".to_owned(),
+            "a".to_owned(),
+            Document::default(),
+            Utc::now(),
+        )
+    }
+
+    #[derive(Debug, Clone, Copy)]
+    enum Act {
+        Go(Status),
+        Bypass(Bypass),
+        Retry,
+        Redeem,
+    }
+
+    fn acts() -> impl Strategy<Value = Vec<Act>> {
+        let bypasses = [
+            Bypass::Fix,
+            Bypass::Answered,
+            Bypass::Released,
+            Bypass::Escalated,
+            Bypass::HandedToPerson,
+            Bypass::ReassessedBadly,
+            Bypass::Stopped,
+            Bypass::GatedAtCreation,
+        ];
+        let act = prop_oneof![
+            6 => prop::sample::select(Status::ALL.to_vec()).prop_map(Act::Go),
+            2 => prop::sample::select(bypasses.to_vec()).prop_map(Act::Bypass),
+            1 => Just(Act::Retry),
+            1 => Just(Act::Redeem),
+        ];
+        prop::collection::vec(act, 0..60)
+    }
+
+    proptest! {
+        /// Whatever is tried: every change is told once and follows the one before, only retries count as
+        /// retries, and a refused step changes nothing.
+        #[test]
+        fn no_history_breaks_the_machine(acts in acts()) {
+            let mut task = task();
+            let mut told = Status::Draft;
+            for act in acts {
+                let (before, retries) = (task.status(), task.document.retries);
+                let (took, counts) = match act {
+                    Act::Go(to) => (task.go(to).is_ok(), before == Status::Failed),
+                    Act::Bypass(bypass) => (task.bypass(bypass), false),
+                    Act::Retry => (task.retry().is_ok(), true),
+                    Act::Redeem => (task.redeem(), true),
+                };
+                prop_assert_eq!(task.document.retries, retries + u32::from(took && counts));
+                let events = task.take_events();
+                let changes: Vec<&Event> = events.iter().filter(|event| event.name == "task:transition").collect();
+                prop_assert_eq!(changes.len(), usize::from(took));
+                if took {
+                    prop_assert_eq!(&changes[0].payload["from"], told.as_str());
+                    prop_assert_eq!(&changes[0].payload["to"], task.status().as_str());
+                    told = task.status();
+                } else {
+                    prop_assert_eq!(task.status(), before);
+                }
+                let completed = events.iter().any(|event| event.name == "task:completed");
+                prop_assert_eq!(completed, took && task.status() == Status::Done);
+                if task.status().is_terminal() {
+                    prop_assert!(task.document.phase.is_none());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn done_is_left_only_by_a_bad_reassessment() {
+        for to in Status::ALL {
+            assert!(!Status::Done.allows(to));
+        }
+        let mut task = task().restored(Status::Done);
+        assert!(task.retry().is_err() && !task.bypass(Bypass::Stopped));
+        assert!(task.bypass(Bypass::ReassessedBadly));
+        assert_eq!(task.status(), Status::Failed);
+    }
+
+    #[test]
+    fn the_first_description_is_kept_through_every_rewrite() {
+        let mut task = task();
+        task.document.description = "one".to_owned();
+        task.rewrite("two".to_owned());
+        task.rewrite("three".to_owned());
+        assert_eq!(task.document.original_description.as_deref(), Some("one"));
+        assert_eq!(task.view()["description"], "three");
+    }
+}

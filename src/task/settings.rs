@@ -1,0 +1,274 @@
+//! What a project decides for all its tasks (contract 2.6.3 and 2.6.4, design 0.1): flat, each with its default.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::gate::Gate;
+
+/// A project's settings. What was never set has its default.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+#[schema(as = ProjectSettings)]
+pub struct Settings {
+    /// The model of agents that name none.
+    pub default_model: Option<String>,
+    /// The model of reviewers; the agent's own when absent.
+    pub judge_model: Option<String>,
+    /// The model that answers questions, rewrites descriptions and judges blocked tasks; the default model when absent.
+    pub orchestrator_model: Option<String>,
+    /// Full retries of a task that says nothing of it.
+    pub max_retries: u32,
+    /// Attempts to mend before a full retry.
+    pub max_fix_attempts: u32,
+    /// Questions of an agent that are answered.
+    pub max_question_rounds: u32,
+    /// Verdicts on one blocked task.
+    pub max_resolution_attempts: u32,
+    /// Repetitions of an assessment in which every reviewer failed.
+    pub max_assessment_retries: u32,
+    /// The longest run of a task that says nothing of it, in milliseconds; 0 is no limit.
+    pub task_timeout: u64,
+    /// Silence of a run, in milliseconds, after which people are warned; after twice as much it is killed.
+    pub stale_threshold: u64,
+    /// Whether wrong `estimated` expectations are corrected.
+    pub auto_correct_expectations: bool,
+    /// The most tasks at once; absent is no limit.
+    pub max_concurrency: Option<u32>,
+    /// What happens when a task's deadline passes.
+    pub violation_action: Violation,
+    /// What happens when retries are used up.
+    pub escalation_policy: Option<Escalation>,
+    /// Where people must say yes.
+    pub approval_gates: Vec<Gate>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            default_model: None,
+            judge_model: None,
+            orchestrator_model: None,
+            max_retries: 3,
+            max_fix_attempts: 2,
+            max_question_rounds: 2,
+            max_resolution_attempts: 2,
+            max_assessment_retries: 1,
+            task_timeout: 1_800_000,
+            stale_threshold: 300_000,
+            auto_correct_expectations: true,
+            max_concurrency: None,
+            violation_action: Violation::Notify,
+            escalation_policy: None,
+            approval_gates: Vec::new(),
+        }
+    }
+}
+
+/// What happens when a deadline passes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Violation {
+    /// An event.
+    Notify,
+    /// An event, and the task fails.
+    Fail,
+}
+
+/// What happens to a task whose retries are used up, step by step.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "camelCase")]
+#[schema(as = EscalationPolicy)]
+pub struct Escalation {
+    /// What it is called.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// The steps; taken in the order of `level`.
+    pub levels: Vec<EscalationLevel>,
+}
+
+/// One step of an escalation.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct EscalationLevel {
+    /// Its place.
+    pub level: u32,
+    /// Who acts.
+    pub handler: Handler,
+    /// For `agent`: which.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target: Option<String>,
+    /// After so many milliseconds without a result the next level acts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout_ms: Option<u64>,
+    /// For other systems to read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub notify_channels: Option<Vec<String>>,
+}
+
+/// Who acts on an escalated task.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "lowercase")]
+#[schema(as = EscalationHandler)]
+pub enum Handler {
+    /// Another agent tries.
+    Agent,
+    /// A model rewrites the instructions.
+    Orchestrator,
+    /// A person decides.
+    Human,
+}
+
+/// Why settings cannot be used: the setting at fault and a sentence.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct SettingsError {
+    /// The setting.
+    pub setting: String,
+    /// What is wrong with it.
+    pub message: String,
+}
+
+/// More of anything in one project's settings is a mistake.
+const MOST: usize = 50;
+
+impl Settings {
+    /// Reads settings from the members that were set.
+    ///
+    /// # Errors
+    /// Which one cannot be used, and why.
+    pub fn read(body: &Map<String, Value>) -> Result<Self, SettingsError> {
+        for (setting, value) in body {
+            let alone = Value::Object(Map::from_iter([(setting.clone(), value.clone())]));
+            if let Err(error) = serde_json::from_value::<Self>(alone) {
+                return Err(SettingsError {
+                    setting: setting.clone(),
+                    message: format!("`{setting}` cannot be used: {error}."),
+                });
+            }
+        }
+        let settings: Self = serde_json::from_value(Value::Object(body.clone()))
+            .map_err(|error| fault("settings", error.to_string()))?;
+        settings.check()?;
+        Ok(settings)
+    }
+
+    fn check(&self) -> Result<(), SettingsError> {
+        for (setting, value) in [
+            ("maxRetries", self.max_retries),
+            ("maxFixAttempts", self.max_fix_attempts),
+            ("maxQuestionRounds", self.max_question_rounds),
+            ("maxResolutionAttempts", self.max_resolution_attempts),
+            ("maxAssessmentRetries", self.max_assessment_retries),
+        ] {
+            if value > 100 {
+                return Err(fault(
+                    setting,
+                    format!("`{setting}` must be from 0 to 100."),
+                ));
+            }
+        }
+        if self.stale_threshold == 0 {
+            return Err(fault(
+                "staleThreshold",
+                "`staleThreshold` must be at least 1.".to_owned(),
+            ));
+        }
+        if self.max_concurrency == Some(0) {
+            return Err(fault(
+                "maxConcurrency",
+                "`maxConcurrency` must be at least 1.".to_owned(),
+            ));
+        }
+        if let Some(policy) = &self.escalation_policy {
+            let mut levels: Vec<u32> = policy.levels.iter().map(|level| level.level).collect();
+            levels.sort_unstable();
+            levels.dedup();
+            if levels.len() != policy.levels.len() || levels.is_empty() || levels.len() > MOST {
+                return Err(fault(
+                    "escalationPolicy",
+                    format!(
+                        "`escalationPolicy.levels` must be 1 to {MOST} steps with a `level` of their own each."
+                    ),
+                ));
+            }
+        }
+        let gates = &self.approval_gates;
+        for (index, gate) in gates.iter().enumerate() {
+            if gates.len() > MOST || gates[..index].iter().any(|other| other.id == gate.id) {
+                return Err(fault(
+                    "approvalGates",
+                    format!(
+                        "`approvalGates` must be at most {MOST}, each with an `id` of its own; \"{}\" occurs twice.",
+                        gate.id
+                    ),
+                ));
+            }
+            gate.check().map_err(|message| {
+                fault(
+                    "approvalGates",
+                    format!("`approvalGates[{index}]`: {message}"),
+                )
+            })?;
+        }
+        Ok(())
+    }
+}
+
+fn fault(setting: &str, message: String) -> SettingsError {
+    SettingsError {
+        setting: setting.to_owned(),
+        message,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn read(body: &Value) -> Result<Settings, String> {
+        Settings::read(body.as_object().unwrap()).map_err(|error| error.setting)
+    }
+
+    #[test]
+    fn what_is_not_set_has_its_default_and_what_is_unknown_is_refused() {
+        assert_eq!(read(&json!({})), Ok(Settings::default()));
+        assert_eq!(read(&json!({"maxRetries": 0})).unwrap().max_retries, 0);
+        for (body, setting) in [
+            (json!({"maxRetry": 1}), "maxRetry"),
+            (json!({"maxRetries": -1}), "maxRetries"),
+            (json!({"maxRetries": 101}), "maxRetries"),
+            (json!({"taskTimeout": "1 h"}), "taskTimeout"),
+            (json!({"staleThreshold": 0}), "staleThreshold"),
+            (json!({"maxConcurrency": 0}), "maxConcurrency"),
+            (json!({"violationAction": "shout"}), "violationAction"),
+            (
+                json!({"escalationPolicy": {"levels": []}}),
+                "escalationPolicy",
+            ),
+            (
+                json!({"escalationPolicy": {"levels": [{"level": 1, "handler": "cat"}]}}),
+                "escalationPolicy",
+            ),
+            (
+                json!({"escalationPolicy": {"levels": [{"level": 1, "handler": "human"}, {"level": 1, "handler": "human"}]}}),
+                "escalationPolicy",
+            ),
+            (
+                json!({"approvalGates": [{"id": "g", "name": "G", "handler": "human", "hook": "task:forget"}]}),
+                "approvalGates",
+            ),
+            (
+                json!({"approvalGates": [{"id": "g", "name": "G", "handler": "human", "hook": "task:spawn", "condition": {"expression": "task."}}]}),
+                "approvalGates",
+            ),
+            (
+                json!({"approvalGates": [{"id": "g", "name": "G", "handler": "human", "hook": "task:spawn"}, {"id": "g", "name": "G", "handler": "human", "hook": "task:spawn"}]}),
+                "approvalGates",
+            ),
+        ] {
+            assert_eq!(read(&body), Err(setting.to_owned()), "{body}");
+        }
+    }
+}

@@ -1,0 +1,132 @@
+//! `register_outcome`: an agent hands over what its task leaves behind (contract 2.6.5).
+
+use chrono::{DateTime, Utc};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::arguments;
+use crate::ids::{self, Id};
+use crate::llm::{Tool, ToolCall};
+use crate::task::{Outcome, OutcomeKind};
+
+pub(super) const NAME: &str = "register_outcome";
+
+/// The most bytes of an outcome's text or data.
+const LARGEST: usize = 256 * 1024;
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Register {
+    #[serde(rename = "type")]
+    kind: OutcomeKind,
+    label: String,
+    text: Option<String>,
+    url: Option<String>,
+    data: Option<Value>,
+    path: Option<String>,
+    mime_type: Option<String>,
+    #[serde(default)]
+    tags: Vec<String>,
+}
+
+pub(super) fn tool() -> Tool {
+    let text = || json!({"type": "string"});
+    Tool {
+        name: NAME.to_owned(),
+        description: Some("Hand over a result of your task: a `text`, a `url`, or `data` for json, under a label.".to_owned()),
+        parameters: json!({
+            "type": "object", "required": ["type", "label"],
+            "properties": {
+                "type": {"enum": ["text", "url", "json", "file", "media"]},
+                "label": text(), "text": text(), "url": text(), "data": {}, "path": text(), "mimeType": text(),
+                "tags": {"type": "array", "items": {"type": "string"}},
+            },
+        }),
+    }
+}
+
+/// What a call hands over.
+///
+/// # Errors
+/// What the model reads when it hands over nothing.
+pub fn outcome_of(call: &ToolCall, at: DateTime<Utc>) -> Result<Outcome, String> {
+    let given: Register = arguments(call)?;
+    if given.label.trim().is_empty() {
+        return Err("`label` must not be empty.".to_owned());
+    }
+    let needed = match given.kind {
+        OutcomeKind::Text => given.text.is_some().then_some(()).ok_or("text"),
+        OutcomeKind::Url => given.url.is_some().then_some(()).ok_or("url"),
+        OutcomeKind::Json => given.data.is_some().then_some(()).ok_or("data"),
+        OutcomeKind::File | OutcomeKind::Media => (given.url.is_some() || given.path.is_some())
+            .then_some(())
+            .ok_or("url"),
+    };
+    needed.map_err(|member| format!("An outcome of this type needs `{member}`."))?;
+    let size = given.text.as_ref().map_or(0, String::len)
+        + given.data.as_ref().map_or(0, |data| data.to_string().len());
+    if size > LARGEST {
+        return Err(format!(
+            "An outcome may have {} KiB at most.",
+            LARGEST / 1024
+        ));
+    }
+    Ok(Outcome {
+        id: Id::<ids::Outcome>::new().to_string(),
+        kind: given.kind,
+        label: given.label,
+        path: given.path,
+        mime_type: given.mime_type,
+        size: given.text.as_ref().map(|text| text.len() as u64),
+        text: given.text,
+        url: given.url,
+        data: given.data,
+        produced_by: Some(NAME.to_owned()),
+        produced_at: at,
+        tags: given.tags,
+    })
+}
+
+/// Whether a call is of this tool.
+pub fn registers_outcome(call: &ToolCall) -> bool {
+    call.name == NAME
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_outcome_must_hold_what_its_type_says() {
+        let register = |arguments: Value| {
+            let call = ToolCall {
+                id: "c".to_owned(),
+                name: NAME.to_owned(),
+                arguments: arguments.to_string(),
+            };
+            outcome_of(&call, Utc::now())
+        };
+        assert_eq!(
+            register(json!({"type": "text", "label": "Notes", "text": "abc"}))
+                .unwrap()
+                .size,
+            Some(3)
+        );
+        for (arguments, word) in [
+            (json!({"type": "text", "label": "Notes"}), "text"),
+            (
+                json!({"type": "json", "label": "Notes", "text": "x"}),
+                "data",
+            ),
+            (json!({"type": "url", "label": "Notes"}), "url"),
+            (json!({"type": "text", "label": " ", "text": "x"}), "label"),
+            (json!({"type": "smell", "label": "l"}), "smell"),
+            (
+                json!({"type": "text", "label": "l", "text": "x".repeat(LARGEST + 1)}),
+                "KiB",
+            ),
+        ] {
+            assert!(register(arguments).unwrap_err().contains(word), "{word}");
+        }
+    }
+}

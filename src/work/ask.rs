@@ -1,0 +1,124 @@
+//! One question to a model, with an answer of a given form.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use futures::StreamExt;
+use serde_json::Value;
+
+use super::task::named_model;
+use super::{Held, Result, WorkError};
+use crate::agent::{self, Course, OutputFormat, Repair, Toolbox, TurnEvent};
+use crate::llm::{Message, ModelRequest, Part, ResponseFormat, Tool, ToolCall};
+use crate::store::CallUsage;
+
+/// A judge has no tools yet.
+#[derive(Debug)]
+struct NoTools;
+
+#[async_trait]
+impl Toolbox for NoTools {
+    fn tools(&self) -> &[Arc<Tool>] {
+        &[]
+    }
+
+    async fn call(&self, call: &ToolCall) -> std::result::Result<String, String> {
+        Err(format!("There is no tool `{}`.", call.name))
+    }
+
+    fn is_repeatable(&self, _: &ToolCall) -> bool {
+        true
+    }
+}
+
+/// A question.
+#[derive(Debug)]
+pub(super) struct Question<'a> {
+    /// What the answer is called, for the provider.
+    pub(super) name: &'a str,
+    /// Who is asked.
+    pub(super) model: &'a str,
+    /// What to do.
+    pub(super) system: String,
+    /// What it is about.
+    pub(super) user: String,
+    /// What the answer must be.
+    pub(super) schema: Value,
+}
+
+/// An answer, and what it used.
+#[derive(Debug)]
+pub(super) struct Answer {
+    /// JSON text that the schema accepts.
+    pub(super) text: String,
+    /// What the calls used.
+    pub(super) usage: CallUsage,
+}
+
+/// Asks, and checks the answer's form; asks once more if that is wrong. The inner error says why there is no answer.
+pub(super) async fn ask(
+    held: &Held,
+    question: Question<'_>,
+) -> Result<std::result::Result<Answer, String>> {
+    let (provider, name, model) = match named_model(held, question.model).await? {
+        Ok(model) => model,
+        Err(cause) => return Ok(Err(cause)),
+    };
+    let response_format = ResponseFormat::JsonSchema {
+        name: question.name.to_owned(),
+        description: None,
+        schema: question.schema,
+        strict: None,
+    };
+    let format =
+        OutputFormat::new(&response_format).map_err(|error| WorkError::Defect(error.into()))?;
+    let request = ModelRequest {
+        model,
+        system: Some(question.system),
+        messages: vec![Message::User {
+            content: vec![Part::Text {
+                text: question.user,
+            }],
+        }],
+        response_format,
+        whole: true,
+        ..ModelRequest::default()
+    };
+    let course = Course::chat(format, Repair::Once);
+    let mut turn = std::pin::pin!(agent::turn(provider, request, course, Arc::new(NoTools)));
+    let mut answer = Answer {
+        text: String::new(),
+        usage: CallUsage {
+            model: name,
+            prompt_tokens: 0,
+            completion_tokens: 0,
+            cached_tokens: 0,
+            reasoning_tokens: 0,
+            estimated: false,
+        },
+    };
+    loop {
+        let event = tokio::select! {
+            event = turn.next() => event,
+            () = held.lost.cancelled() => return Err(WorkError::LeaseLost),
+            () = held.app.stop_turns.cancelled() => {
+                held.lease.db.hand_over(&held.lease).await?;
+                return Err(WorkError::LeaseLost);
+            }
+        };
+        match event {
+            Some(Ok(TurnEvent::Step(step))) => {
+                answer.text = step.message.text().unwrap_or_default().to_owned();
+                let usage = &mut answer.usage;
+                usage.prompt_tokens += step.usage.prompt_tokens;
+                usage.completion_tokens += step.usage.completion_tokens;
+                usage.cached_tokens += step.usage.cached_tokens;
+                usage.reasoning_tokens += step.usage.reasoning_tokens;
+                usage.estimated |= step.usage.estimated;
+            }
+            Some(Ok(_)) => {}
+            Some(Err(error)) => return Ok(Err(error.to_string())),
+            None => return Ok(Ok(answer)),
+        }
+    }
+}

@@ -1,0 +1,597 @@
+//! A run of a task: the agent loop of a chat turn, with every finished step on record before the next begins.
+
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use futures::StreamExt;
+use serde_json::{Value, json};
+use tokio::time::{Instant, sleep_until};
+
+use super::record::{Recorder, replay};
+use super::task::{commit, model, pass, pause};
+use super::{Held, Result, WorkError};
+use crate::agent::{
+    self, Course, OutputFormat, Persona, Repair, Step, Toolbox, TurnError, TurnEvent, system_prompt,
+};
+use crate::lifecycle::{self, after_failure};
+use crate::llm::{Effort, FinishReason, Message, ModelRequest, Part, ToolCall, context_window};
+use crate::store::{AgentRow, ProjectTx, RunStatus, Topic};
+use crate::task::{EndReason, Failure, Phase, Settings, Status, Task, TaskResult};
+use crate::tools::ServerTools;
+
+/// Turns of an agent that names no limit (contract 2.4.1).
+const MAX_TURNS: u32 = 150;
+/// Words are written down for listeners this often.
+const WORDS: Duration = Duration::from_millis(100);
+
+/// How a run ended.
+#[derive(Debug)]
+struct Ending {
+    reason: EndReason,
+    /// What went wrong, in a sentence.
+    sentence: String,
+    /// What broke.
+    cause: Option<String>,
+}
+
+impl Ending {
+    fn finished() -> Self {
+        Self {
+            reason: EndReason::Finished,
+            sentence: String::new(),
+            cause: None,
+        }
+    }
+
+    fn limit(reason: EndReason, sentence: String) -> Self {
+        Self {
+            reason,
+            sentence,
+            cause: None,
+        }
+    }
+
+    fn error(cause: String) -> Self {
+        Self {
+            reason: EndReason::Error,
+            sentence: cause.clone(),
+            cause: Some(cause),
+        }
+    }
+}
+
+/// Runs a task's agent from the last recorded step to its end.
+pub(super) async fn execute(held: &Held, task: Task) -> Result<Option<Task>> {
+    let db = &held.lease.db;
+    let settings = db.settings().await?;
+    let Some(run) = task.run else {
+        return Err(WorkError::Defect(anyhow::anyhow!(
+            "a task in progress has no run"
+        )));
+    };
+    let agent = match db.agent(&task.assign_to).await {
+        Ok(agent) => agent,
+        Err(crate::store::StoreError::NotFound) => {
+            let ending = Ending::error(format!(
+                "There is no agent \"{}\" any more.",
+                task.assign_to
+            ));
+            let recorder = Recorder::new(held, &task, run, String::new());
+            return conclude(held, task, &settings, recorder, ending, Utc::now()).await;
+        }
+        Err(error) => return Err(error.into()),
+    };
+    let started_at = db.run(run).await?.started_at;
+    let (provider, model_name, model_id) = match model(held, &task, &agent, &settings).await? {
+        Ok(model) => model,
+        Err(cause) => {
+            let recorder = Recorder::new(held, &task, run, String::new());
+            return conclude(
+                held,
+                task,
+                &settings,
+                recorder,
+                Ending::error(cause),
+                started_at,
+            )
+            .await;
+        }
+    };
+    let toolbox: Arc<dyn Toolbox> = Arc::new(ServerTools::in_task(
+        db.clone(),
+        &agent,
+        held.app.fetcher.clone(),
+    ));
+    let mut recorder = Recorder::new(held, &task, run, model_name.clone());
+    let memories = db.memories(&agent.name).await?;
+    let first = Message::User {
+        content: vec![Part::Text {
+            text: task.document.description.clone(),
+        }],
+    };
+    let (messages, open) = replay(&mut recorder, first, &*toolbox).await?;
+    let request = ModelRequest {
+        model: model_id,
+        system: Some(prompt(&task, &agent, &memories)),
+        messages,
+        reasoning: effort(&agent),
+        ..ModelRequest::default()
+    };
+    let most = agent.definition.get("maxTurns").and_then(Value::as_u64);
+    let most = most.map_or(MAX_TURNS, |most| u32::try_from(most).unwrap_or(u32::MAX));
+    let window = agent
+        .definition
+        .get("contextWindow")
+        .and_then(Value::as_u64);
+    let course = Course {
+        format: OutputFormat::Text,
+        repair: Repair::Never,
+        calls: most.saturating_sub(recorder.turns),
+        open,
+        window: Some(window.unwrap_or_else(|| context_window(&model_name))),
+    };
+    let events = agent::turn(provider, request, course, toolbox);
+    let ending = match follow(held, &mut recorder, &task, &settings, events, started_at).await? {
+        Followed::Ended(TurnEnd::Limit(mut ending)) => {
+            if ending.reason == EndReason::MaxTurns {
+                ending.sentence =
+                    format!("The agent used all of its {most} turns and gave no answer.");
+            }
+            ending
+        }
+        Followed::Ended(TurnEnd::Whole(step)) => ending_of(&step),
+        Followed::HandedOver => return Ok(None),
+    };
+    conclude(held, task, &settings, recorder, ending, started_at).await
+}
+
+fn effort(agent: &AgentRow) -> Option<Effort> {
+    let word = agent.definition.get("reasoning")?;
+    serde_json::from_value(word.clone()).ok()
+}
+
+/// A whole answer, or one that was cut off: that is no success.
+fn ending_of(step: &Step) -> Ending {
+    match step.reason {
+        FinishReason::Stop | FinishReason::ToolCalls => Ending::finished(),
+        FinishReason::Length => {
+            Ending::error("The model's answer was cut off at its token limit.".to_owned())
+        }
+        FinishReason::ContentFilter => {
+            Ending::error("The provider's filter cut the model's answer off.".to_owned())
+        }
+    }
+}
+
+/// The instructions before the task's description.
+fn prompt(task: &Task, agent: &AgentRow, memories: &crate::store::Memories) -> String {
+    let text = |key: &str| agent.definition.get(key).and_then(Value::as_str);
+    let persona = Persona {
+        name: &agent.name,
+        role: text("role"),
+        system_prompt: text("systemPrompt"),
+        identity: agent.definition.get("identity"),
+        shared_memory: memories.shared.as_deref(),
+        own_memory: memories.own.as_deref(),
+    };
+    let mut context = vec![format!(
+        "You work alone on the task \"{}\" until it is finished; your last answer is its result.",
+        task.title
+    )];
+    if let Some(expected) = task
+        .document
+        .expected_outcomes
+        .as_ref()
+        .filter(|expected| !expected.is_empty())
+    {
+        context.push(format!(
+            "Hand over these outcomes with `register_outcome`, under these labels: {}",
+            json!(expected)
+        ));
+    }
+    if let Some(feedback) = &task.document.feedback {
+        let before = task
+            .document
+            .result
+            .as_ref()
+            .map(|result| result.stdout.as_str())
+            .filter(|said| !said.is_empty());
+        let mut said = format!("An earlier attempt was not good enough: {feedback}");
+        if let Some(before) = before {
+            said += &format!("\nIts result was:\n<earlier-result>\n{before}\n</earlier-result>");
+        }
+        context.push(said);
+    }
+    system_prompt(persona, &context)
+}
+
+enum TurnEnd {
+    Whole(Step),
+    Limit(Ending),
+}
+
+enum Followed {
+    Ended(TurnEnd),
+    HandedOver,
+}
+
+/// When a run is to be stopped, and why, unless it ends by itself.
+struct Limits {
+    timeout: Option<(Instant, Ending)>,
+    stale: Duration,
+    quiet_since: Instant,
+    warned: bool,
+}
+
+impl Limits {
+    fn new(task: &Task, settings: &Settings, started_at: DateTime<Utc>) -> Self {
+        let most = task.document.max_duration.unwrap_or(settings.task_timeout);
+        let passed = (Utc::now() - started_at).to_std().unwrap_or_default();
+        let timeout = (most > 0).then(|| {
+            let left = Duration::from_millis(most).saturating_sub(passed);
+            let sentence = format!("The run took longer than the {most} ms it may.");
+            (
+                Instant::now() + left,
+                Ending::limit(EndReason::Timeout, sentence),
+            )
+        });
+        Self {
+            timeout,
+            stale: Duration::from_millis(settings.stale_threshold),
+            quiet_since: Instant::now(),
+            warned: false,
+        }
+    }
+
+    /// When to look at the limits next.
+    fn next(&self) -> Instant {
+        let patience = if self.warned {
+            self.stale * 2
+        } else {
+            self.stale
+        };
+        let stale = self.quiet_since + patience;
+        self.timeout
+            .as_ref()
+            .map_or(stale, |(at, _)| stale.min(*at))
+    }
+}
+
+/// Pulls a turn to its end, records its steps, and keeps an eye on everything that may stop it.
+async fn follow(
+    held: &Held,
+    recorder: &mut Recorder<'_>,
+    task: &Task,
+    settings: &Settings,
+    events: impl futures::Stream<Item = std::result::Result<TurnEvent, TurnError>>,
+    started_at: DateTime<Utc>,
+) -> Result<Followed> {
+    let app = &held.app;
+    let mut events = pin!(events);
+    let mut limits = Limits::new(task, settings, started_at);
+    let mut stopped = app.db.wait(Topic::Stop(task.id.uuid()));
+    let mut listeners = app.db.wait(Topic::Listener(task.id.uuid()));
+    loop {
+        let words_due = recorder.words_due(WORDS);
+        tokio::select! {
+            biased;
+            () = held.lost.cancelled() => return Err(WorkError::LeaseLost),
+            event = events.next() => match event {
+                None => {
+                    let whole = recorder.take_last().map_or_else(
+                        || TurnEnd::Limit(Ending::error("The agent gave no answer.".to_owned())),
+                        TurnEnd::Whole,
+                    );
+                    return Ok(Followed::Ended(whole));
+                }
+                Some(Err(error)) => return Ok(Followed::Ended(TurnEnd::Limit(broken(&error)))),
+                Some(Ok(event)) => {
+                    limits.quiet_since = Instant::now();
+                    limits.warned = false;
+                    if recorder.note(event).await? && app.stopping.is_cancelled() {
+                        held.lease.db.hand_over(&held.lease).await?;
+                        return Ok(Followed::HandedOver);
+                    }
+                }
+            },
+            () = app.stop_turns.cancelled() => {
+                held.lease.db.hand_over(&held.lease).await?;
+                return Ok(Followed::HandedOver);
+            }
+            _ = stopped.changed() => {
+                if !held.is_ours().await? {
+                    return Err(WorkError::LeaseLost);
+                }
+            }
+            _ = listeners.changed() => recorder.write_words().await,
+            () = sleep_until(words_due.unwrap_or_else(Instant::now)), if words_due.is_some() => recorder.write_words().await,
+            () = sleep_until(limits.next()) => {
+                if let Some(ending) = overdue(held, task, &mut limits).await? {
+                    return Ok(Followed::Ended(TurnEnd::Limit(ending)));
+                }
+            }
+        }
+    }
+}
+
+fn broken(error: &TurnError) -> Ending {
+    match error {
+        TurnError::TooManyCalls(_) => Ending::limit(EndReason::MaxTurns, error.to_string()),
+        error => Ending::error(error.to_string()),
+    }
+}
+
+/// Whether the run must end now; or a warning that it has said nothing for long.
+async fn overdue(held: &Held, task: &Task, limits: &mut Limits) -> Result<Option<Ending>> {
+    let now = Instant::now();
+    let elapsed = limits.quiet_since.elapsed().as_millis();
+    if let Some((_, ending)) = limits.timeout.take_if(|(at, _)| *at <= now) {
+        return Ok(Some(ending));
+    }
+    if now < limits.next() {
+        return Ok(None);
+    }
+    let action = if limits.warned { "killed" } else { "warning" };
+    let mut tx = held.lease.db.begin().await?;
+    tx.extend(&held.lease).await?;
+    let told = json!({"taskId": task.id, "agentName": task.assign_to, "idleMs": elapsed, "action": action});
+    tx.emit(crate::event::Event::new("agent:stale", told));
+    tx.commit().await?;
+    if limits.warned {
+        return Ok(Some(Ending::limit(
+            EndReason::Timeout,
+            format!("The run said nothing for {elapsed} ms."),
+        )));
+    }
+    limits.warned = true;
+    Ok(None)
+}
+
+/// Whether an answer may be a question instead of work (contract 2.6.3, step 5).
+fn may_be_question(answer: &str, tool_calls: usize) -> bool {
+    let lines: Vec<&str> = answer
+        .lines()
+        .filter(|line| !line.trim().is_empty())
+        .collect();
+    let last = &lines[lines.len().saturating_sub(3)..];
+    answer.len() <= 2_000 && tool_calls < 5 && last.iter().any(|line| line.contains('?'))
+}
+
+/// Ends a run: its last step, its result, and what follows, in one commit.
+async fn conclude(
+    held: &Held,
+    task: Task,
+    settings: &Settings,
+    recorder: Recorder<'_>,
+    ending: Ending,
+    started_at: DateTime<Utc>,
+) -> Result<Option<Task>> {
+    let succeeded = ending.reason == EndReason::Finished;
+    let last = recorder.last_step();
+    let mut patience = Patience::default();
+    loop {
+        let concluded = try_conclude(
+            held,
+            &task,
+            settings,
+            &recorder,
+            last.as_ref(),
+            &ending,
+            started_at,
+            succeeded,
+        )
+        .await;
+        match concluded {
+            Err(WorkError::Unavailable(error)) => patience.wait(held, error).await?,
+            concluded => return concluded,
+        }
+    }
+}
+
+/// A database that is away for a moment must not cost an answer that was paid for.
+#[derive(Debug, Default)]
+pub(super) struct Patience(u32);
+
+impl Patience {
+    pub(super) async fn wait(&mut self, held: &Held, error: anyhow::Error) -> Result<()> {
+        self.0 += 1;
+        if self.0 > 150 || held.lost.is_cancelled() || held.app.stop_turns.is_cancelled() {
+            return Err(WorkError::Unavailable(error));
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        Ok(())
+    }
+}
+
+#[expect(
+    clippy::too_many_arguments,
+    reason = "one commit holds all that a run came to"
+)]
+async fn try_conclude(
+    held: &Held,
+    before: &Task,
+    settings: &Settings,
+    recorder: &Recorder<'_>,
+    last: Option<&(i32, Value, Option<crate::store::CallUsage>)>,
+    ending: &Ending,
+    started_at: DateTime<Utc>,
+    succeeded: bool,
+) -> Result<Option<Task>> {
+    let db = &held.lease.db;
+    let mut tx = db.begin().await?;
+    tx.extend(&held.lease).await?;
+    let mut task = tx.lock_task(before.id).await?;
+    if task.status() != Status::InProgress || task.run != before.run {
+        return Err(WorkError::LeaseLost);
+    }
+    let status = if succeeded {
+        RunStatus::Finished
+    } else {
+        RunStatus::Failed
+    };
+    let step = last.map(|(number, body, usage)| crate::store::NewStep {
+        number: *number,
+        kind: crate::store::StepKind::Model,
+        body,
+        usage: usage.as_ref(),
+        under_way: None,
+    });
+    tx.end_run(recorder.run, status, step.as_ref()).await?;
+    tell_end(&mut task, recorder, ending, started_at);
+    if !succeeded {
+        return fail(held, tx, task, settings, ending).await;
+    }
+    task.document.may_be_question = may_be_question(&recorder.answer, recorder.tool_calls)
+        && task.document.question_rounds < settings.max_question_rounds;
+    task.go(Status::Review)
+        .map_err(|error| WorkError::Defect(error.into()))?;
+    task.document.phase = Some(Phase::Review);
+    let missing = missing_outcomes(&task);
+    if !missing.is_empty() {
+        let feedback = format!(
+            "These required outcomes were not handed over with `register_outcome`: {}.",
+            missing.join(", ")
+        );
+        let aftermath = after_failure(
+            &mut tx,
+            db,
+            &mut task,
+            settings,
+            Failure::Review,
+            feedback,
+            pause(held),
+        )
+        .await?;
+        return commit(held, tx, task, aftermath).await;
+    }
+    if task.document.expectations.is_empty() && !task.document.may_be_question {
+        let aftermath = pass(held, &mut tx, &mut task, settings).await?;
+        return commit(held, tx, task, aftermath).await;
+    }
+    lifecycle::save(&mut tx, db, &mut task).await?;
+    tx.commit().await?;
+    Ok(Some(task))
+}
+
+async fn fail(
+    held: &Held,
+    mut tx: ProjectTx,
+    mut task: Task,
+    settings: &Settings,
+    ending: &Ending,
+) -> Result<Option<Task>> {
+    if ending.reason == EndReason::Timeout {
+        let timeout = task.document.max_duration.unwrap_or(settings.task_timeout);
+        let elapsed = task
+            .document
+            .result
+            .as_ref()
+            .map_or(0, |result| result.duration);
+        task.tell(
+            "task:timeout",
+            json!({"elapsed": elapsed, "timeout": timeout}),
+        );
+    }
+    let feedback = ending.sentence.clone();
+    let aftermath = after_failure(
+        &mut tx,
+        &held.lease.db,
+        &mut task,
+        settings,
+        Failure::Run,
+        feedback,
+        pause(held),
+    )
+    .await?;
+    commit(held, tx, task, aftermath).await
+}
+
+fn tell_end(task: &mut Task, recorder: &Recorder<'_>, ending: &Ending, started_at: DateTime<Utc>) {
+    let before = task.document.result.take();
+    let mut history = before
+        .as_ref()
+        .map(|result| result.assessment_history.clone())
+        .unwrap_or_default();
+    history.extend(before.and_then(|result| result.assessment));
+    let result = TaskResult {
+        exit_code: i32::from(ending.reason != EndReason::Finished),
+        stdout: recorder.answer.clone(),
+        stderr: ending.sentence.clone(),
+        duration: (Utc::now() - started_at).num_milliseconds(),
+        reason: ending.reason,
+        cause: ending.cause.clone(),
+        assessment: None,
+        assessment_history: history,
+    };
+    task.document.outcomes.clone_from(&recorder.outcomes);
+    let told = json!({
+        "agentName": task.assign_to, "exitCode": result.exit_code, "duration": result.duration,
+        "reason": result.reason, "runId": recorder.run,
+    });
+    task.document.result = Some(result);
+    task.tell("agent:completed", told.clone());
+    task.tell("agent:finished", told);
+}
+
+fn missing_outcomes(task: &Task) -> Vec<String> {
+    let expected = task.document.expected_outcomes.iter().flatten();
+    expected
+        .filter(|expected| {
+            expected.required
+                && !task
+                    .document
+                    .outcomes
+                    .iter()
+                    .any(|outcome| outcome.label == expected.label)
+        })
+        .map(|expected| format!("\"{}\"", expected.label))
+        .collect()
+}
+
+/// The calls of the last answer that have no result yet.
+pub(super) fn open_calls(messages: &[Message]) -> Vec<ToolCall> {
+    let Some(last) = messages
+        .iter()
+        .rposition(|message| matches!(message, Message::Assistant { .. }))
+    else {
+        return Vec::new();
+    };
+    let Message::Assistant { tool_calls, .. } = &messages[last] else {
+        return Vec::new();
+    };
+    let answered = |call: &ToolCall| {
+        messages[last..].iter().any(|message| matches!(message, Message::Tool { tool_call_id, .. } if *tool_call_id == call.id))
+    };
+    tool_calls
+        .iter()
+        .filter(|call| !answered(call))
+        .cloned()
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_short_answer_that_ends_in_a_question_may_be_one() {
+        let long = format!("{}?", "x".repeat(2_000));
+        for (answer, tool_calls, expected) in [
+            ("Which colour?", 0, true),
+            ("Which colour?\n\n", 4, true),
+            ("Which colour?", 5, false),
+            ("Why?\na\nb\nc", 0, false),
+            ("It is blue.", 0, false),
+            (long.as_str(), 0, false),
+            ("", 0, false),
+        ] {
+            assert_eq!(
+                may_be_question(answer, tool_calls),
+                expected,
+                "{answer:.20}"
+            );
+        }
+    }
+}

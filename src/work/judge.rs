@@ -1,0 +1,588 @@
+//! The assessment of finished work (contract 2.7): three reviewers for each expectation, each of whom is asked once.
+
+use std::collections::HashMap;
+
+use chrono::Utc;
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
+use serde_json::{Value, json};
+
+use super::ask::{Question, ask};
+use super::execution::Patience;
+use super::task::{commit, pass, pause};
+use super::{Held, Result, WorkError, question};
+use crate::app;
+use crate::event::Event;
+use crate::ids::{self, Id, Run};
+use crate::lifecycle::{self, Aftermath, after_failure};
+use crate::store::{CallUsage, NewStep, StepKind, StoreError, storable};
+use crate::task::{
+    Assessment, Bypass, Check, Confidence, Dimension, Expectation, Failure, Gate, Hook, REVIEWERS,
+    Review, Settings, Status, Task, Trigger, answer_schema, assessment, context,
+    default_dimensions, instructions, judge, material, may_correct_threshold, read_answer,
+};
+
+/// Judges a task's work, and does what follows from the verdict.
+pub(super) async fn review(held: &Held, task: Task) -> Result<Option<Task>> {
+    let db = &held.lease.db;
+    let settings = db.settings().await?;
+    if task.document.may_be_question
+        && let Some(task) = question::answer(held, &task, &settings).await?
+    {
+        return Ok(Some(task));
+    }
+    if stands_before(held, &task, &settings, Hook::AssessmentRun, &json!({})).await? {
+        return Ok(None);
+    }
+    let (task, verdict) = if task.document.expectations.is_empty() {
+        (task, None)
+    } else {
+        let trigger = trigger_of(&task);
+        let (task, verdict) = assess(held, task, &settings, trigger).await?;
+        (task, Some(verdict))
+    };
+    settle(held, &task, verdict, &settings).await
+}
+
+/// Whether a gate stops the judgement; then the task waits for a person.
+async fn stands_before(
+    held: &Held,
+    task: &Task,
+    settings: &Settings,
+    hook: Hook,
+    data: &Value,
+) -> Result<bool> {
+    let seen = context(task, hook, data);
+    let Some(gate) = Gate::closed(&settings.approval_gates, hook, task, &seen) else {
+        return Ok(false);
+    };
+    let db = &held.lease.db;
+    let mut tx = db.begin().await?;
+    tx.extend(&held.lease).await?;
+    let mut task = tx.lock_task(task.id).await?;
+    if task.go(Status::AwaitingApproval).is_err() {
+        return Err(WorkError::LeaseLost);
+    }
+    lifecycle::request_approval(&mut tx, &mut task, gate, hook).await?;
+    lifecycle::save(&mut tx, db, &mut task).await?;
+    tx.complete(&held.lease).await?;
+    tx.commit().await?;
+    Ok(true)
+}
+
+fn trigger_of(task: &Task) -> Trigger {
+    match task.document.trigger.as_deref() {
+        Some("fix") => Trigger::Fix,
+        Some("retry") => Trigger::Retry,
+        _ => Trigger::Initial,
+    }
+}
+
+/// Records a verdict on new work, with what follows from it.
+async fn settle(
+    held: &Held,
+    before: &Task,
+    verdict: Option<Assessment>,
+    settings: &Settings,
+) -> Result<Option<Task>> {
+    let db = &held.lease.db;
+    let mut tx = db.begin().await?;
+    tx.extend(&held.lease).await?;
+    let mut task = tx.lock_task(before.id).await?;
+    if task.status() != Status::Review || task.run != before.run {
+        return Err(WorkError::LeaseLost);
+    }
+    task.document.may_be_question = false;
+    task.document
+        .expectations
+        .clone_from(&before.document.expectations);
+    let Some(verdict) = verdict else {
+        let aftermath = pass(held, &mut tx, &mut task, settings).await?;
+        return commit(held, tx, task, aftermath).await;
+    };
+    tell_verdict(&mut task, &verdict);
+    let data = json!(verdict);
+    if let Some(result) = &mut task.document.result {
+        result.assessment = Some(data.clone());
+    }
+    let seen = context(&task, Hook::AssessmentComplete, &data);
+    let aftermath = match Gate::closed(
+        &settings.approval_gates,
+        Hook::AssessmentComplete,
+        &task,
+        &seen,
+    ) {
+        Some(gate) => {
+            task.go(Status::AwaitingApproval)
+                .map_err(|error| WorkError::Defect(error.into()))?;
+            lifecycle::request_approval(&mut tx, &mut task, gate, Hook::AssessmentComplete).await?;
+            lifecycle::save(&mut tx, db, &mut task).await?;
+            Aftermath::Rests
+        }
+        None if verdict.passed => pass(held, &mut tx, &mut task, settings).await?,
+        None => {
+            let feedback = verdict.feedback();
+            after_failure(
+                &mut tx,
+                db,
+                &mut task,
+                settings,
+                Failure::Review,
+                feedback,
+                pause(held),
+            )
+            .await?
+        }
+    };
+    commit(held, tx, task, aftermath).await
+}
+
+fn tell_verdict(task: &mut Task, verdict: &Assessment) {
+    let message = verdict
+        .checks
+        .iter()
+        .find(|check| !check.passed)
+        .map(|check| check.message.clone());
+    let told = json!({
+        "passed": verdict.passed, "scores": verdict.scores, "globalScore": verdict.global_score, "message": message,
+    });
+    task.tell("assessment:completed", told.clone());
+    task.tell("assessment:complete", told);
+}
+
+/// Judges finished work again, because someone asked (contract 2.6.6).
+pub(super) async fn reassess(held: &Held, id: Id<ids::Task>) -> Result<()> {
+    let db = &held.lease.db;
+    let settings = db.settings().await?;
+    let before = db.task(id).await?;
+    let judged = if before.status().is_terminal() && !before.document.expectations.is_empty() {
+        Some(assess(held, before, &settings, Trigger::Reassess).await?)
+    } else {
+        None
+    };
+    let mut tx = db.begin().await?;
+    tx.complete(&held.lease).await?;
+    if let Some((before, verdict)) = judged {
+        let mut task = tx.lock_task(id).await?;
+        if task.status() == before.status() {
+            task.document
+                .expectations
+                .clone_from(&before.document.expectations);
+            tell_verdict(&mut task, &verdict);
+            if let Some(result) = &mut task.document.result {
+                let earlier = result.assessment.replace(json!(verdict));
+                result.assessment_history.extend(earlier);
+            }
+            match (task.status(), verdict.passed) {
+                (Status::Failed, true) => {
+                    task.redeem();
+                }
+                (Status::Done, false) => {
+                    task.bypass(Bypass::ReassessedBadly);
+                }
+                _ => task.tell_updated(),
+            }
+            lifecycle::save(&mut tx, db, &mut task).await?;
+        }
+    }
+    tx.commit().await?;
+    Ok(())
+}
+
+/// What one expectation asks of its reviewers.
+struct Asked {
+    criteria: Option<String>,
+    dimensions: Vec<Dimension>,
+    threshold: Option<f64>,
+    confidence: Confidence,
+}
+
+impl Asked {
+    fn of(expectation: &Expectation) -> Self {
+        let Expectation::LlmReview {
+            criteria,
+            dimensions,
+            threshold,
+            confidence,
+        } = expectation;
+        Self {
+            criteria: criteria.clone(),
+            dimensions: if dimensions.is_empty() {
+                default_dimensions()
+            } else {
+                dimensions.clone()
+            },
+            threshold: *threshold,
+            confidence: *confidence,
+        }
+    }
+}
+
+/// An assessment under way.
+struct Sitting<'a> {
+    held: &'a Held,
+    task: &'a Task,
+    run: Id<Run>,
+    /// Tells this sitting's verdicts from those of earlier ones of the same run.
+    round: String,
+    model: String,
+    next: i32,
+    reviews: HashMap<(usize, usize), std::result::Result<Review, String>>,
+}
+
+/// Judges a task's work by its expectations; they may come back corrected.
+async fn assess(
+    held: &Held,
+    mut task: Task,
+    settings: &Settings,
+    trigger: Trigger,
+) -> Result<(Task, Assessment)> {
+    let Some(run) = task.run else {
+        // Work without a run is work that never began.
+        let verdict = assessment(trigger, Utc::now(), false, Vec::new());
+        return Ok((task, verdict));
+    };
+    emit(held, vec![("assessment:started", json!({}))], &task).await?;
+    let model = judge_model(held, &task, settings).await?;
+    let history = task
+        .document
+        .result
+        .as_ref()
+        .map_or(0, |result| result.assessment_history.len());
+    let mut attempt = 0;
+    let mut verdict = loop {
+        let round = format!(
+            "{}-{history}-{attempt}",
+            json!(trigger).as_str().unwrap_or_default()
+        );
+        let verdict = sit(held, &task, run, round, &model, trigger).await?;
+        if !verdict.is_empty_handed() || attempt >= settings.max_assessment_retries {
+            break verdict;
+        }
+        attempt += 1;
+    };
+    if !verdict.passed
+        && settings.auto_correct_expectations
+        && let Some(corrections) = correct(held, &mut task, settings, &verdict).await?
+    {
+        emit(
+            held,
+            vec![("assessment:corrected", json!({"corrections": corrections}))],
+            &task,
+        )
+        .await?;
+        // The reviewers' words stand; what they are measured by has changed.
+        let round = format!(
+            "{}-{history}-{attempt}",
+            json!(trigger).as_str().unwrap_or_default()
+        );
+        verdict = sit(held, &task, run, round, &model, Trigger::AutoCorrect).await?;
+    }
+    Ok((task, verdict))
+}
+
+async fn judge_model(held: &Held, task: &Task, settings: &Settings) -> Result<String> {
+    if let Some(model) = &settings.judge_model {
+        return Ok(model.clone());
+    }
+    match held.lease.db.agent(&task.assign_to).await {
+        Ok(agent) => Ok(app::model_of(&agent, settings).to_owned()),
+        Err(StoreError::NotFound) => Ok(question::orchestrator(settings).to_owned()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Tells events of a task under the lease.
+async fn emit(held: &Held, events: Vec<(&'static str, Value)>, task: &Task) -> Result<()> {
+    let mut tx = held.lease.db.begin().await?;
+    tx.extend(&held.lease).await?;
+    for (name, mut payload) in events {
+        payload["taskId"] = json!(task.id);
+        tx.emit(Event::new(name, payload));
+    }
+    tx.commit().await?;
+    Ok(())
+}
+
+async fn sit(
+    held: &Held,
+    task: &Task,
+    run: Id<Run>,
+    round: String,
+    model: &str,
+    trigger: Trigger,
+) -> Result<Assessment> {
+    let asked: Vec<Asked> = task.document.expectations.iter().map(Asked::of).collect();
+    let mut sitting = Sitting {
+        held,
+        task,
+        run,
+        round,
+        model: model.to_owned(),
+        next: 0,
+        reviews: HashMap::new(),
+    };
+    sitting.recall(&asked).await?;
+    sitting.ask_all(&asked).await?;
+    let succeeded = task
+        .document
+        .result
+        .as_ref()
+        .is_some_and(|result| result.exit_code == 0);
+    let checks = asked
+        .iter()
+        .enumerate()
+        .map(|(index, asked)| sitting.check(index, asked))
+        .collect();
+    Ok(assessment(trigger, Utc::now(), succeeded, checks))
+}
+
+impl Sitting<'_> {
+    /// Reads the verdicts that are on record already: no reviewer is asked twice.
+    async fn recall(&mut self, asked: &[Asked]) -> Result<()> {
+        let steps = self.held.lease.db.all_steps(self.run).await?;
+        self.next = steps.last().map_or(0, |step| step.number + 1);
+        for step in steps
+            .iter()
+            .filter(|step| step.kind == StepKind::Review && step.body["round"] == self.round)
+        {
+            let place = |key: &str| {
+                step.body[key]
+                    .as_u64()
+                    .and_then(|number| usize::try_from(number).ok())
+            };
+            let (Some(check), Some(reviewer)) = (place("check"), place("reviewer")) else {
+                continue;
+            };
+            let Some(asked) = asked.get(check) else {
+                continue;
+            };
+            let said = match step.body["failure"].as_str() {
+                Some(failure) => Err(failure.to_owned()),
+                None => read_answer(
+                    reviewer,
+                    step.body["answer"].as_str().unwrap_or_default(),
+                    &asked.dimensions,
+                ),
+            };
+            self.reviews.insert((check, reviewer), said);
+        }
+        Ok(())
+    }
+
+    /// Asks those who have not answered yet, all at once; each verdict is on record before it counts.
+    async fn ask_all(&mut self, asked: &[Asked]) -> Result<()> {
+        let total = asked.len();
+        let mut open = FuturesUnordered::new();
+        let mut begun = Vec::new();
+        for (check, one) in asked.iter().enumerate() {
+            let missing: Vec<usize> = (1..=REVIEWERS)
+                .filter(|reviewer| !self.reviews.contains_key(&(check, *reviewer)))
+                .collect();
+            if missing.len() == REVIEWERS {
+                begun.push(("assessment:check:started", json!({"index": check, "total": total, "type": "llm_review", "label": label(one)})));
+            }
+            for reviewer in missing {
+                let (held, task, model) = (self.held, self.task, self.model.clone());
+                open.push(
+                    async move { (check, reviewer, one_review(held, task, one, &model).await) },
+                );
+            }
+        }
+        if !begun.is_empty() {
+            emit(self.held, begun, self.task).await?;
+        }
+        while let Some((check, reviewer, answer)) = open.next().await {
+            let (mut body, usage, said) = match answer? {
+                Ok((answer, usage)) => {
+                    let said = read_answer(reviewer, &answer, &asked[check].dimensions);
+                    let body = match &said {
+                        Ok(_) => json!({"answer": answer}),
+                        Err(failure) => json!({"failure": failure}),
+                    };
+                    (body, Some(usage), said)
+                }
+                Err(failure) => (json!({"failure": failure}), None, Err(failure)),
+            };
+            body["round"] = json!(self.round);
+            body["check"] = json!(check);
+            body["reviewer"] = json!(reviewer);
+            self.reviews.insert((check, reviewer), said);
+            let events = self.progress(check, reviewer, &asked[check], total);
+            self.record(body, usage, events).await?;
+        }
+        Ok(())
+    }
+
+    fn progress(&self, check: usize, reviewer: usize, asked: &Asked, total: usize) -> Vec<Event> {
+        let id = self.task.id;
+        let message = format!(
+            "Reviewer {reviewer} of {REVIEWERS} has finished with check {} of {total}.",
+            check + 1
+        );
+        let mut events = vec![Event::new(
+            "assessment:progress",
+            json!({"taskId": id, "message": message}),
+        )];
+        if (1..=REVIEWERS).all(|reviewer| self.reviews.contains_key(&(check, reviewer))) {
+            let judged = self.check(check, asked);
+            let told = json!({
+                "taskId": id, "index": check, "total": total, "type": "llm_review", "label": label(asked),
+                "passed": judged.passed, "message": judged.message,
+            });
+            events.push(Event::new("assessment:check:complete", told));
+        }
+        events
+    }
+
+    async fn record(
+        &mut self,
+        mut body: Value,
+        usage: Option<CallUsage>,
+        events: Vec<Event>,
+    ) -> Result<()> {
+        storable(&mut body);
+        let step = NewStep {
+            number: self.next,
+            kind: StepKind::Review,
+            body: &body,
+            usage: usage.as_ref(),
+            under_way: None,
+        };
+        let mut patience = Patience::default();
+        loop {
+            match self
+                .held
+                .lease
+                .db
+                .record_step(&self.held.lease, self.run, &step, events.clone())
+                .await
+            {
+                Ok(()) => break,
+                Err(error) if error.is_constraint("steps_pkey") => break,
+                Err(StoreError::Unavailable(error)) => {
+                    patience.wait(self.held, error.into()).await?
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        self.next += 1;
+        Ok(())
+    }
+
+    fn check(&self, index: usize, asked: &Asked) -> Check {
+        let mut reviews = Vec::new();
+        let mut failures = Vec::new();
+        for reviewer in 1..=REVIEWERS {
+            match self.reviews.get(&(index, reviewer)) {
+                Some(Ok(review)) => reviews.push(review.clone()),
+                Some(Err(failure)) => failures.push(failure.clone()),
+                None => {}
+            }
+        }
+        judge(asked.threshold, &asked.dimensions, reviews, &failures)
+    }
+}
+
+fn label(asked: &Asked) -> String {
+    let names = || {
+        asked
+            .dimensions
+            .iter()
+            .map(|one| one.name.as_str())
+            .collect::<Vec<_>>()
+            .join(", ")
+    };
+    asked.criteria.clone().unwrap_or_else(names)
+}
+
+async fn one_review(
+    held: &Held,
+    task: &Task,
+    asked: &Asked,
+    model: &str,
+) -> Result<std::result::Result<(String, CallUsage), String>> {
+    let output = task
+        .document
+        .result
+        .as_ref()
+        .map_or("", |result| result.stdout.as_str());
+    let description = task
+        .document
+        .original_description
+        .as_deref()
+        .unwrap_or(&task.document.description);
+    let question = Question {
+        name: "review",
+        model,
+        system: instructions(asked.criteria.as_deref(), &asked.dimensions),
+        user: material(&task.title, description, output, &task.document.outcomes),
+        schema: answer_schema(&asked.dimensions),
+    };
+    let answer = ask(held, question).await?;
+    Ok(answer.map(|answer| (answer.text, answer.usage)))
+}
+
+/// Corrects thresholds that were only estimated, if a judge finds them wrong (contract 2.7.5).
+async fn correct(
+    held: &Held,
+    task: &mut Task,
+    settings: &Settings,
+    verdict: &Assessment,
+) -> Result<Option<Vec<Value>>> {
+    let mut corrections = Vec::new();
+    for (index, check) in verdict.checks.iter().enumerate() {
+        let Some(expectation) = task.document.expectations.get(index) else {
+            continue;
+        };
+        let asked = Asked::of(expectation);
+        if !may_correct_threshold(check, asked.confidence) {
+            continue;
+        }
+        let Some(threshold) = better_threshold(held, task, settings, &asked, check).await? else {
+            continue;
+        };
+        let Expectation::LlmReview {
+            threshold: current, ..
+        } = &mut task.document.expectations[index];
+        corrections
+            .push(json!({"index": index, "field": "threshold", "from": current, "to": threshold}));
+        *current = Some(threshold);
+    }
+    Ok(Some(corrections).filter(|corrections| !corrections.is_empty()))
+}
+
+async fn better_threshold(
+    held: &Held,
+    task: &Task,
+    settings: &Settings,
+    asked: &Asked,
+    check: &Check,
+) -> Result<Option<f64>> {
+    let question = Question {
+        name: "correction",
+        model: settings.judge_model.as_deref().unwrap_or_else(|| question::orchestrator(settings)),
+        system: "Work was scored below a threshold that was only an estimate. Decide whether the threshold was set too high for this task; if so, give a fair one from 1 to 5. If the work is what falls short, leave it.".to_owned(),
+        user: format!(
+            "Task: {}\nWhat was looked for: {}\nThreshold: {}\nResult: {}\n{}",
+            task.title,
+            label(asked),
+            asked.threshold.unwrap_or(crate::task::DEFAULT_THRESHOLD),
+            check.message,
+            check.details.as_deref().unwrap_or_default()
+        ),
+        schema: json!({
+            "type": "object", "additionalProperties": false, "required": ["correct", "threshold"],
+            "properties": {"correct": {"type": "boolean"}, "threshold": {"type": "number"}},
+        }),
+    };
+    let answer = ask(held, question).await?;
+    let judged: Value = answer
+        .ok()
+        .and_then(|answer| serde_json::from_str(&answer.text).ok())
+        .unwrap_or_default();
+    let threshold = judged["threshold"]
+        .as_f64()
+        .filter(|threshold| (1.0..=5.0).contains(threshold));
+    Ok(threshold.filter(|_| judged["correct"] == true))
+}

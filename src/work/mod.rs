@@ -1,0 +1,332 @@
+//! The engine: what goes on without a request.
+//!
+//! A process claims jobs (`store/jobs.rs`), does each under its lease, and writes only while it has that. Nothing here
+//! polls to make progress: wake-ups and due times do that; a look every half second is the net under both.
+
+use std::collections::HashMap;
+use std::panic::AssertUnwindSafe;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use chrono::Utc;
+use futures::FutureExt;
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use uuid::Uuid;
+
+use crate::app::App;
+use crate::lifecycle::LifecycleError;
+use crate::store::{Holder, Job, Lease, StoreError, Topic, World, until};
+
+mod ask;
+mod blocked;
+mod execution;
+mod judge;
+mod question;
+mod record;
+mod task;
+mod timers;
+
+/// The net under wake-ups, and how soon jobs of a process that was killed are taken over.
+const LOOK: Duration = Duration::from_millis(500);
+/// How often leases are extended.
+const HEARTBEAT: Duration = Duration::from_secs(3);
+/// The most jobs of one claim.
+const CLAIM: usize = 64;
+/// How long a job rests that failed because of us or of the database.
+const REST: Duration = Duration::from_secs(2);
+
+/// Why a job was not done.
+#[derive(Debug, thiserror::Error)]
+enum WorkError {
+    /// It is someone else's now, or nobody's.
+    #[error("the lease is lost")]
+    LeaseLost,
+    /// The database is away.
+    #[error("the database is unavailable")]
+    Unavailable(#[source] anyhow::Error),
+    /// A defect of ours.
+    #[error("the job failed")]
+    Defect(#[source] anyhow::Error),
+}
+
+impl From<StoreError> for WorkError {
+    fn from(error: StoreError) -> Self {
+        match error {
+            // What the job is about was deleted.
+            StoreError::LeaseLost | StoreError::NotFound => Self::LeaseLost,
+            StoreError::Unavailable(_) => Self::Unavailable(error.into()),
+            error => Self::Defect(error.into()),
+        }
+    }
+}
+
+impl From<LifecycleError> for WorkError {
+    fn from(error: LifecycleError) -> Self {
+        match error {
+            LifecycleError::Store(error) => error.into(),
+            error => Self::Defect(error.into()),
+        }
+    }
+}
+
+type Result<T> = std::result::Result<T, WorkError>;
+
+/// A job under way in this process.
+#[derive(Debug)]
+struct Held {
+    app: App,
+    lease: Lease,
+    holder: Holder,
+    /// Trips when the lease is lost.
+    lost: CancellationToken,
+}
+
+impl Held {
+    /// Whether the job is still ours; asked when someone says that it may not be.
+    async fn is_ours(&self) -> Result<bool> {
+        let number = self.lease.number();
+        let kept = self
+            .app
+            .db
+            .extend(self.lease.db.world(), self.holder, &[number])
+            .await?;
+        Ok(kept.contains(&number))
+    }
+}
+
+/// One process' part in the engine.
+#[derive(Debug)]
+struct Engine {
+    app: App,
+    holder: Holder,
+    places: Arc<Semaphore>,
+    /// Told when a place comes free while there was none.
+    freed: Notify,
+    running: Mutex<HashMap<i64, (World, CancellationToken)>>,
+    jobs: TaskTracker,
+}
+
+const POISONED: &str = "nothing panics while it holds the list of jobs";
+
+/// Works until the server stops, then until every job has been handed over.
+pub async fn run(app: App) {
+    let engine = Arc::new(Engine {
+        holder: Holder::new(rand::random()),
+        places: Arc::new(Semaphore::new(app.config.worker_slots)),
+        freed: Notify::new(),
+        running: Mutex::default(),
+        jobs: TaskTracker::new(),
+        app,
+    });
+    let working = async {
+        tokio::join!(
+            engine.stand(),
+            engine.attend(World::Live),
+            engine.attend(World::Test),
+            engine.beat(),
+        );
+    };
+    let ending = async {
+        engine.app.stopping.cancelled().await;
+        engine.jobs.close();
+        engine.jobs.wait().await;
+    };
+    tokio::select! {
+        () = working => {}
+        () = ending => {}
+    }
+}
+
+impl Engine {
+    /// Keeps the lock that says that this process lives, and takes over from processes that do not.
+    async fn stand(&self) {
+        loop {
+            let lost = match self.app.db.hold(self.holder).await {
+                Ok(mut standing) => loop {
+                    if let Err(error) = self.take_over().await {
+                        tracing::debug!("the jobs of other processes cannot be seen: {error}");
+                    }
+                    tokio::time::sleep(LOOK).await;
+                    if let Err(error) = standing.check().await {
+                        break error;
+                    }
+                },
+                Err(error) => error,
+            };
+            tracing::warn!("the engine has lost its database, trying again: {lost}");
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    async fn take_over(&self) -> std::result::Result<(), StoreError> {
+        for world in World::ALL {
+            let freed = self.app.db.free_orphaned_jobs(world).await?;
+            if freed > 0 {
+                tracing::info!(jobs = freed, "taking over from a process that is gone");
+                self.app.db.ring(Topic::Jobs(world));
+            }
+        }
+        Ok(())
+    }
+
+    /// Claims the jobs of a world as they become ready.
+    async fn attend(self: &Arc<Self>, world: World) {
+        let mut woken = self.app.db.wait(Topic::Jobs(world));
+        let mut cursor = Uuid::nil();
+        while !self.app.stopping.is_cancelled() {
+            let next = match self.look(world, &mut cursor).await {
+                Ok(next) => next,
+                Err(error) => {
+                    tracing::debug!("no jobs can be claimed, trying again: {error}");
+                    LOOK
+                }
+            };
+            tokio::select! {
+                changed = woken.changed() => changed.expect("the bell outlives the engine"),
+                () = self.freed.notified() => {}
+                () = tokio::time::sleep(next) => {}
+                () = self.app.stopping.cancelled() => {}
+            }
+        }
+    }
+
+    /// Claims what is ready and there is room for, and says when to look again.
+    async fn look(
+        self: &Arc<Self>,
+        world: World,
+        cursor: &mut Uuid,
+    ) -> std::result::Result<Duration, StoreError> {
+        let due = self.app.db.ready_due_jobs(world).await?;
+        loop {
+            let most = self.places.available_permits().min(CLAIM);
+            if most == 0 || self.app.stopping.is_cancelled() {
+                break;
+            }
+            let from_the_start = cursor.is_nil();
+            let room = i64::try_from(most).unwrap_or(i64::MAX);
+            let claimed = self.app.db.claim(world, self.holder, *cursor, room).await?;
+            let drained = is_drained(&claimed.leases, most);
+            *cursor = if drained { Uuid::nil() } else { claimed.cursor };
+            for lease in claimed.leases {
+                let permit = self.places.clone().acquire_owned().await;
+                self.begin(lease, permit.expect("the places are never closed"));
+            }
+            if drained && from_the_start {
+                break;
+            }
+        }
+        let pause = due.map_or(LOOK, |due| until(due, Utc::now()));
+        Ok(pause.clamp(Duration::from_millis(1), LOOK))
+    }
+
+    fn begin(self: &Arc<Self>, lease: Lease, place: OwnedSemaphorePermit) {
+        let lost = CancellationToken::new();
+        let number = lease.number();
+        let world = lease.db.world();
+        self.running
+            .lock()
+            .expect(POISONED)
+            .insert(number, (world, lost.clone()));
+        let engine = self.clone();
+        self.jobs.spawn(async move {
+            let held = Held {
+                app: engine.app.clone(),
+                holder: engine.holder,
+                lease,
+                lost,
+            };
+            held.work().await;
+            engine.running.lock().expect(POISONED).remove(&number);
+            let was_full = engine.places.available_permits() == 0;
+            drop(place);
+            if was_full {
+                engine.freed.notify_waiters();
+            }
+        });
+    }
+
+    /// Extends the leases of what is under way, and stops what is no longer ours.
+    async fn beat(&self) {
+        loop {
+            tokio::time::sleep(HEARTBEAT).await;
+            for world in World::ALL {
+                let numbers: Vec<i64> = {
+                    let running = self.running.lock().expect(POISONED);
+                    let of_world = running.iter().filter(|(_, (of, _))| *of == world);
+                    of_world.map(|(number, _)| *number).collect()
+                };
+                if numbers.is_empty() {
+                    continue;
+                }
+                match self.app.db.extend(world, self.holder, &numbers).await {
+                    Ok(kept) => {
+                        let running = self.running.lock().expect(POISONED);
+                        for number in numbers.iter().filter(|number| !kept.contains(number)) {
+                            if let Some((_, lost)) = running.get(number) {
+                                lost.cancel();
+                            }
+                        }
+                    }
+                    // Whatever is written is fenced; and the lease is longer than a short outage.
+                    Err(error) => tracing::warn!("leases cannot be extended: {error}"),
+                }
+            }
+        }
+    }
+}
+
+/// Whether a claim has left nothing that is ready from its cursor on: no project had more than its share.
+fn is_drained(leases: &[Lease], most: usize) -> bool {
+    let mut of_project: HashMap<Uuid, usize> = HashMap::new();
+    for lease in leases {
+        *of_project.entry(lease.db.project()).or_default() += 1;
+    }
+    let share = (most / of_project.len().max(1)).max(1);
+    of_project.len() < most && of_project.values().all(|count| *count < share)
+}
+
+impl Held {
+    /// Does the job. Whatever goes wrong, it is done, given back, or someone else's in the end.
+    async fn work(&self) {
+        let done = AssertUnwindSafe(self.dispatch()).catch_unwind().await;
+        let error = match done {
+            Ok(Ok(()) | Err(WorkError::LeaseLost)) => return,
+            Ok(Err(WorkError::Unavailable(error))) => {
+                tracing::warn!(job = ?self.lease.job, "a job must wait for the database: {error:#}");
+                error
+            }
+            Ok(Err(WorkError::Defect(error))) => {
+                tracing::error!(job = ?self.lease.job, "a job failed and is tried again: {error:#}");
+                error
+            }
+            Err(_panic) => {
+                tracing::error!(job = ?self.lease.job, "a job panicked and is tried again");
+                anyhow::anyhow!("a job panicked")
+            }
+        };
+        if let Err(unreturned) = self.put_off(REST).await {
+            tracing::debug!(
+                "the job comes back when its lease runs out: {unreturned} after {error}"
+            );
+        }
+    }
+
+    async fn put_off(&self, pause: Duration) -> std::result::Result<(), StoreError> {
+        let mut tx = self.lease.db.begin().await?;
+        tx.put_off(&self.lease, pause).await?;
+        tx.commit().await
+    }
+
+    async fn dispatch(&self) -> Result<()> {
+        match self.lease.job {
+            Job::Task(id) => task::advance(self, id).await,
+            Job::Blocked(id) => blocked::resolve(self, id).await,
+            Job::Reassess(id) => judge::reassess(self, id).await,
+            Job::Deadline(id) => timers::deadline(self, id).await,
+            Job::Escalation(id) => timers::escalation(self, id).await,
+            Job::Approval(id) => timers::approval(self, id).await,
+        }
+    }
+}

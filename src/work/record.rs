@@ -1,0 +1,308 @@
+//! The record of a run: what is written as it goes on, and how a successor reads it.
+
+use std::time::Duration;
+
+use chrono::Utc;
+use serde_json::{Value, json};
+use tokio::time::Instant;
+
+use super::execution::{Patience, open_calls};
+use super::{Held, Result, WorkError};
+use crate::agent::{Compaction, Step, ToolState, ToolUse, Toolbox, TurnEvent};
+use crate::event::Event;
+use crate::ids::{self, Id, Run};
+use crate::llm::{Message, ModelEvent, ToolCall, Usage};
+use crate::store::{CallUsage, NewStep, StepKind, StoreError, storable};
+use crate::task::{Outcome, Task};
+use crate::tools::{outcome_of, registers_outcome};
+
+/// Writes a run down, step by step.
+#[derive(Debug)]
+pub(super) struct Recorder<'a> {
+    held: &'a Held,
+    task: Id<ids::Task>,
+    agent: String,
+    /// The run.
+    pub(super) run: Id<Run>,
+    model: String,
+    /// The number of the next step.
+    number: i32,
+    /// Model calls so far.
+    pub(super) turns: u32,
+    /// Tool calls so far.
+    pub(super) tool_calls: usize,
+    /// The text of the last answer.
+    pub(super) answer: String,
+    /// What was handed over.
+    pub(super) outcomes: Vec<Outcome>,
+    /// Calls of the last answer that have not begun.
+    waiting: Vec<ToolCall>,
+    /// The step that ends the run: it is recorded with the end.
+    last: Option<Step>,
+    /// What the model is saying.
+    said: String,
+    /// How much of it listeners have, and since when.
+    written: usize,
+    written_at: Option<Instant>,
+}
+
+impl<'a> Recorder<'a> {
+    pub(super) fn new(held: &'a Held, task: &Task, run: Id<Run>, model: String) -> Self {
+        Self {
+            held,
+            task: task.id,
+            agent: task.assign_to.clone(),
+            run,
+            model,
+            number: 0,
+            turns: 0,
+            tool_calls: 0,
+            answer: String::new(),
+            outcomes: Vec::new(),
+            waiting: Vec::new(),
+            last: None,
+            said: String::new(),
+            written: 0,
+            written_at: None,
+        }
+    }
+
+    /// Takes in an event of the turn; true when a step is on record because of it.
+    pub(super) async fn note(&mut self, event: TurnEvent) -> Result<bool> {
+        match event {
+            TurnEvent::Delta(ModelEvent::Text(text)) => {
+                self.said.push_str(&text);
+                Ok(false)
+            }
+            TurnEvent::Delta(_) | TurnEvent::Restarted => Ok(false),
+            TurnEvent::Step(step) => self.note_step(step).await,
+            TurnEvent::Tool(tool) => self.note_tool(tool).await,
+            TurnEvent::Compacted(compaction) => {
+                self.note_compaction(&compaction).await.map(|()| true)
+            }
+        }
+    }
+
+    async fn note_step(&mut self, step: Step) -> Result<bool> {
+        self.turns += 1;
+        self.said.clear();
+        self.written = 0;
+        self.answer = step.message.text().unwrap_or_default().to_owned();
+        if step.first_call().is_none() {
+            self.last = Some(step);
+            return Ok(false);
+        }
+        if let Message::Assistant { tool_calls, .. } = &step.message {
+            self.waiting.clone_from(tool_calls);
+        }
+        let body = model_body(&step)?;
+        let usage = self.usage(step.usage);
+        self.record(StepKind::Model, body, Some(usage)).await?;
+        Ok(true)
+    }
+
+    async fn note_tool(&mut self, tool: ToolUse) -> Result<bool> {
+        let (content, failed) = match tool.state {
+            ToolState::Preparing | ToolState::Calling => return Ok(false),
+            ToolState::Completed(content) => (content, false),
+            ToolState::Failed(content) => (content, true),
+        };
+        self.tool_calls += 1;
+        self.waiting.retain(|call| call.id != tool.call.id);
+        let mut body = tool_body(&tool.call, &content, failed);
+        if registers_outcome(&tool.call)
+            && !failed
+            && let Ok(outcome) = outcome_of(&tool.call, Utc::now())
+        {
+            body["outcome"] = json!(outcome);
+            self.outcomes.push(outcome);
+        }
+        self.record(StepKind::Tool, body, None).await?;
+        Ok(true)
+    }
+
+    async fn note_compaction(&mut self, compaction: &Compaction) -> Result<()> {
+        let body = json!({
+            "messages": compaction.messages, "cleared": compaction.cleared, "summary": compaction.summary,
+            "tokensBefore": compaction.tokens_before, "tokensAfter": compaction.tokens_after,
+        });
+        let usage = compaction.usage.map(|usage| self.usage(usage));
+        self.record(StepKind::Compaction, body, usage).await
+    }
+
+    fn usage(&self, usage: Usage) -> CallUsage {
+        CallUsage {
+            model: self.model.clone(),
+            prompt_tokens: usage.prompt_tokens,
+            completion_tokens: usage.completion_tokens,
+            cached_tokens: usage.cached_tokens,
+            reasoning_tokens: usage.reasoning_tokens,
+            estimated: usage.estimated,
+        }
+    }
+
+    /// Records a step, with the intent to begin the next call. A database that is away is waited for.
+    async fn record(
+        &mut self,
+        kind: StepKind,
+        mut body: Value,
+        usage: Option<CallUsage>,
+    ) -> Result<()> {
+        storable(&mut body);
+        let next = self.waiting.first();
+        let step = NewStep {
+            number: self.number,
+            kind,
+            body: &body,
+            usage: usage.as_ref(),
+            under_way: next.map(|call| call.id.as_str()),
+        };
+        let db = &self.held.lease.db;
+        let mut patience = Patience::default();
+        loop {
+            let told = next.map(|call| {
+                let told = json!({"taskId": self.task, "agentName": self.agent, "tool": call.name});
+                Event::new("agent:activity", told)
+            });
+            match db
+                .record_step(
+                    &self.held.lease,
+                    self.run,
+                    &step,
+                    told.into_iter().collect(),
+                )
+                .await
+            {
+                Ok(()) => break,
+                // It was recorded, and only the answer got lost.
+                Err(error) if error.is_constraint("steps_pkey") => break,
+                Err(StoreError::Unavailable(error)) => {
+                    patience.wait(self.held, error.into()).await?
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        self.number += 1;
+        Ok(())
+    }
+
+    /// Takes the step that ended the turn, to look at; it stays to be recorded.
+    pub(super) fn take_last(&self) -> Option<Step> {
+        self.last.clone()
+    }
+
+    /// The step that ended the turn, as it is recorded with the run's end.
+    pub(super) fn last_step(&self) -> Option<(i32, Value, Option<CallUsage>)> {
+        let step = self.last.as_ref()?;
+        let mut body = model_body(step).ok()?;
+        storable(&mut body);
+        Some((self.number, body, Some(self.usage(step.usage))))
+    }
+
+    /// When the next words are due for whoever listens.
+    pub(super) fn words_due(&self, pause: Duration) -> Option<Instant> {
+        let new = self.said.len() > self.written && self.held.app.db.is_followed(self.task.uuid());
+        new.then(|| self.written_at.map_or_else(Instant::now, |at| at + pause))
+    }
+
+    /// Writes the words down for whoever listens. They are worth nothing once the step is recorded, so a failure is
+    /// not worth more than a line.
+    pub(super) async fn write_words(&mut self) {
+        if self.said.len() > self.written {
+            let text = self.said.replace('\0', "\u{fffd}");
+            let written = self
+                .held
+                .lease
+                .db
+                .write_words(self.task, self.run, self.number, &text)
+                .await;
+            if let Err(error) = written {
+                tracing::debug!("a task's words are not shown as they come: {error}");
+            }
+            self.written = self.said.len();
+            self.written_at = Some(Instant::now());
+        }
+    }
+}
+
+fn model_body(step: &Step) -> Result<Value> {
+    let message =
+        serde_json::to_value(&step.message).map_err(|error| WorkError::Defect(error.into()))?;
+    Ok(json!({"message": message, "finishReason": step.reason, "usage": step.usage}))
+}
+
+fn tool_body(call: &ToolCall, content: &str, failed: bool) -> Value {
+    json!({
+        "toolCallId": call.id, "name": call.name, "arguments": call.arguments, "content": content,
+        "state": if failed { "error" } else { "completed" },
+    })
+}
+
+/// Reads what a run has on record: the conversation so far, and the calls that are still to be made. A call that
+/// may have been made already and cannot be repeated without harm is answered as what it is: unknown.
+pub(super) async fn replay(
+    recorder: &mut Recorder<'_>,
+    first: Message,
+    toolbox: &dyn Toolbox,
+) -> Result<(Vec<Message>, Vec<ToolCall>)> {
+    let db = &recorder.held.lease.db;
+    let steps = db.all_steps(recorder.run).await?;
+    let mut messages = vec![first];
+    let unreadable = |error: serde_json::Error| {
+        WorkError::Defect(anyhow::Error::new(error).context("a step cannot be read"))
+    };
+    for step in steps {
+        recorder.number = step.number + 1;
+        match step.kind {
+            StepKind::Model => {
+                recorder.turns += 1;
+                messages.push(
+                    serde_json::from_value(step.body["message"].clone()).map_err(unreadable)?,
+                );
+            }
+            StepKind::Tool => {
+                recorder.tool_calls += 1;
+                if let Some(outcome) = step.body.get("outcome") {
+                    recorder
+                        .outcomes
+                        .push(serde_json::from_value(outcome.clone()).map_err(unreadable)?);
+                }
+                messages.push(Message::Tool {
+                    tool_call_id: step.body["toolCallId"]
+                        .as_str()
+                        .unwrap_or_default()
+                        .to_owned(),
+                    content: step.body["content"].as_str().unwrap_or_default().to_owned(),
+                });
+            }
+            StepKind::Compaction => {
+                messages =
+                    serde_json::from_value(step.body["messages"].clone()).map_err(unreadable)?;
+            }
+            StepKind::Review => {}
+        }
+    }
+    let mut open = open_calls(&messages);
+    recorder.waiting.clone_from(&open);
+    let under_way = db.run(recorder.run).await?.under_way;
+    let unknown = open
+        .iter()
+        .position(|call| Some(&call.id) == under_way.as_ref());
+    if let Some(call) = unknown
+        .filter(|index| recorder.number > 0 && !toolbox.is_repeatable(&open[*index]))
+        .map(|index| open.remove(index))
+    {
+        let content =
+            "Interrupted: it may or may not have been done. Find out before you do it again."
+                .to_owned();
+        messages.push(Message::Tool {
+            tool_call_id: call.id.clone(),
+            content: content.clone(),
+        });
+        let state = ToolState::Failed(content);
+        recorder
+            .note(TurnEvent::Tool(ToolUse { call, state }))
+            .await?;
+    }
+    Ok((messages, open))
+}

@@ -1,0 +1,317 @@
+//! A task's way from pending to its end, as far as it goes under one lease.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use chrono::Utc;
+use serde_json::json;
+
+use super::{Held, Result, WorkError, execution, judge, question};
+use crate::app::{self, ModelError};
+use crate::ids::{self, Id};
+use crate::lifecycle::{self, Aftermath, complete};
+use crate::llm::Provider;
+use crate::store::{AgentRow, Job, ProjectTx, StoreError};
+use crate::task::{
+    Bypass, EndReason, Gate, Hook, Phase, Settings, Status, Task, TaskResult, backoff, context,
+};
+
+/// Takes a task as far as it goes.
+pub(super) async fn advance(held: &Held, id: Id<ids::Task>) -> Result<()> {
+    let db = &held.lease.db;
+    let mut task = db.task(id).await?;
+    // A run or a review that is not ours was someone's who is gone.
+    if task.status().is_active() {
+        task = recover(held, task).await?;
+    }
+    loop {
+        if held.lost.is_cancelled() {
+            return Err(WorkError::LeaseLost);
+        }
+        let next = match task.status() {
+            Status::Pending if task.document.escalation_owed => {
+                question::rewrite(held, task).await?
+            }
+            Status::Pending | Status::Assigned => begin(held, id).await?,
+            Status::InProgress => execution::execute(held, task).await?,
+            Status::Review => judge::review(held, task).await?,
+            Status::Draft | Status::AwaitingApproval | Status::Done | Status::Failed => {
+                let mut tx = db.begin().await?;
+                tx.complete(&held.lease).await?;
+                tx.commit().await?;
+                None
+            }
+        };
+        match next {
+            Some(next) => task = next,
+            None => return Ok(()),
+        }
+    }
+}
+
+/// Says that someone else goes on with it. What was just approved has no run yet to take over.
+async fn recover(held: &Held, task: Task) -> Result<Task> {
+    let Some(run) = task.run.filter(|_| task.status() != Status::Assigned) else {
+        return Ok(task);
+    };
+    let mut tx = held.lease.db.begin().await?;
+    tx.extend(&held.lease).await?;
+    let mut task = tx.lock_task(task.id).await?;
+    tx.take_over_run(run).await?;
+    let told = json!({"title": task.title, "previousStatus": task.status()});
+    task.tell("task:recovered", told);
+    lifecycle::save(&mut tx, &held.lease.db, &mut task).await?;
+    tx.commit().await?;
+    Ok(task)
+}
+
+/// What becomes of a task that is about to begin.
+enum Start {
+    /// It can.
+    Go(Box<Task>),
+    /// Its job is settled.
+    Rests,
+}
+
+/// Hands a pending task to its agent, if everything is there that it needs.
+async fn begin(held: &Held, id: Id<ids::Task>) -> Result<Option<Task>> {
+    let db = &held.lease.db;
+    let settings = db.settings().await?;
+    let mut tx = db.begin().await?;
+    tx.extend(&held.lease).await?;
+    let task = tx.lock_task(id).await?;
+    let started = start(held, &mut tx, task, &settings).await?;
+    tx.commit().await?;
+    match started {
+        Start::Go(task) => Ok(Some(*task)),
+        Start::Rests => Ok(None),
+    }
+}
+
+async fn start(
+    held: &Held,
+    tx: &mut ProjectTx,
+    mut task: Task,
+    settings: &Settings,
+) -> Result<Start> {
+    let db = &held.lease.db;
+    let can_begin = matches!(task.status(), Status::Pending | Status::Assigned) && !task.held;
+    if !can_begin {
+        tx.complete(&held.lease).await?;
+        return Ok(Start::Rests);
+    }
+    if !task.document.depends_on.is_empty() {
+        let unmet = tx.unmet_needs(task.id).await?;
+        if !unmet.is_empty() {
+            let hopeless = unmet
+                .iter()
+                .any(|need| matches!(need.status, None | Some(Status::Failed)));
+            if hopeless {
+                tx.enqueue(Job::Blocked(task.id), 1.0, Duration::ZERO)
+                    .await?;
+            }
+            tx.complete(&held.lease).await?;
+            return Ok(Start::Rests);
+        }
+    }
+    // Only the judgement was held up: the work is there.
+    if task.status() == Status::Assigned
+        && task.document.phase == Some(Phase::Review)
+        && task.run.is_some()
+    {
+        illegal(task.go(Status::InProgress))?;
+        illegal(task.go(Status::Review))?;
+        lifecycle::save(tx, db, &mut task).await?;
+        return Ok(Start::Go(Box::new(task)));
+    }
+    let agent = match ready_agent(held, &task, settings).await? {
+        Ok(agent) => agent,
+        Err(cause) => {
+            fail_before_begin(held, tx, &mut task, cause).await?;
+            return Ok(Start::Rests);
+        }
+    };
+    if task.status() == Status::Pending {
+        if let Some(whose) = occupied(tx, &task, &agent, settings).await? {
+            tx.park(&held.lease, &whose).await?;
+            return Ok(Start::Rests);
+        }
+        let data = json!({"from": Status::Pending, "to": Status::Assigned, "agent": agent.name});
+        for hook in [Hook::TaskSpawn, Hook::TaskTransition] {
+            let seen = context(&task, hook, &data);
+            if let Some(gate) = Gate::closed(&settings.approval_gates, hook, &task, &seen) {
+                illegal(task.go(Status::AwaitingApproval))?;
+                lifecycle::request_approval(tx, &mut task, gate, hook).await?;
+                lifecycle::save(tx, db, &mut task).await?;
+                tx.complete(&held.lease).await?;
+                return Ok(Start::Rests);
+            }
+        }
+        illegal(task.go(Status::Assigned))?;
+    }
+    spawn(tx, &mut task, &agent).await?;
+    lifecycle::save(tx, db, &mut task).await?;
+    Ok(Start::Go(Box::new(task)))
+}
+
+fn illegal<T>(step: std::result::Result<T, crate::task::IllegalStep>) -> Result<T> {
+    step.map_err(|error| WorkError::Defect(error.into()))
+}
+
+async fn spawn(tx: &mut ProjectTx, task: &mut Task, agent: &AgentRow) -> Result<()> {
+    illegal(task.go(Status::InProgress))?;
+    let phase = task
+        .document
+        .phase
+        .filter(|phase| matches!(phase, Phase::Fix | Phase::Clarification));
+    task.document.phase = Some(phase.unwrap_or(Phase::Execution));
+    task.document.outcomes.clear();
+    let run = Id::new();
+    task.run = Some(run);
+    tx.begin_run(run, task.id, agent.id, Utc::now()).await?;
+    let told = json!({"agentName": agent.name, "taskTitle": task.title});
+    task.tell("agent:spawned", told);
+    Ok(())
+}
+
+/// The task's agent with a model that can be asked, or why there is none.
+async fn ready_agent(
+    held: &Held,
+    task: &Task,
+    settings: &Settings,
+) -> Result<std::result::Result<Arc<AgentRow>, String>> {
+    let agent = match held.lease.db.agent(&task.assign_to).await {
+        Ok(agent) => agent,
+        Err(StoreError::NotFound) => {
+            return Ok(Err(format!(
+                "There is no agent \"{}\" any more.",
+                task.assign_to
+            )));
+        }
+        Err(error) => return Err(error.into()),
+    };
+    match model(held, task, &agent, settings).await? {
+        Ok(_) => Ok(Ok(agent)),
+        Err(cause) => Ok(Err(cause)),
+    }
+}
+
+/// A model that a task runs with: who serves it, its name in the project, its name there.
+pub(super) type Model = (Arc<dyn Provider>, String, String);
+
+/// The model of a task's run, or why it cannot be asked.
+pub(super) async fn model(
+    held: &Held,
+    task: &Task,
+    agent: &AgentRow,
+    settings: &Settings,
+) -> Result<std::result::Result<Model, String>> {
+    let name = task
+        .document
+        .model
+        .as_deref()
+        .unwrap_or_else(|| app::model_of(agent, settings));
+    named_model(held, name).await
+}
+
+/// A model by its name, or why it cannot be asked.
+pub(super) async fn named_model(
+    held: &Held,
+    name: &str,
+) -> Result<std::result::Result<Model, String>> {
+    match held.app.resolve(&held.lease.db, name).await {
+        Ok((provider, there)) => Ok(Ok((provider, name.to_owned(), there))),
+        Err(ModelError::Unusable(error)) => Ok(Err(format!(
+            "The model \"{name}\" cannot be used: {error}."
+        ))),
+        Err(ModelError::Credentials(app::CredentialsError::Store(error))) => Err(error.into()),
+        Err(ModelError::Credentials(error)) => {
+            tracing::error!("a task's model cannot be asked: {error:#}");
+            Ok(Err(format!(
+                "The key for the model \"{name}\" cannot be opened."
+            )))
+        }
+    }
+}
+
+/// Whose places are all taken, if anyone's are.
+async fn occupied(
+    tx: &mut ProjectTx,
+    task: &Task,
+    agent: &AgentRow,
+    settings: &Settings,
+) -> Result<Option<String>> {
+    let most = agent
+        .definition
+        .get("maxConcurrency")
+        .and_then(serde_json::Value::as_i64);
+    if let Some(most) = most {
+        // Held until the commit, so that two cannot take the last place.
+        tx.lock_agent(&agent.name).await?;
+        if tx.active_tasks(Some(&agent.name), task.id).await? >= most {
+            return Ok(Some(agent.name.clone()));
+        }
+    }
+    if let Some(most) = settings.max_concurrency {
+        tx.lock_settings().await?;
+        if tx.active_tasks(None, task.id).await? >= i64::from(most) {
+            return Ok(Some(String::new()));
+        }
+    }
+    Ok(None)
+}
+
+/// Neither a retry nor a review helps a task whose agent or model does not exist (contract 2.6.3).
+async fn fail_before_begin(
+    held: &Held,
+    tx: &mut ProjectTx,
+    task: &mut Task,
+    cause: String,
+) -> Result<()> {
+    task.document.result = Some(TaskResult {
+        exit_code: 1,
+        stdout: String::new(),
+        stderr: cause.clone(),
+        duration: 0,
+        reason: EndReason::Error,
+        cause: Some(cause),
+        assessment: None,
+        assessment_history: Vec::new(),
+    });
+    task.bypass(Bypass::Stopped);
+    lifecycle::settle(tx, task).await?;
+    lifecycle::save(tx, &held.lease.db, task).await?;
+    Ok(())
+}
+
+/// Ends work that passed.
+pub(super) async fn pass(
+    held: &Held,
+    tx: &mut ProjectTx,
+    task: &mut Task,
+    settings: &Settings,
+) -> Result<Aftermath> {
+    Ok(complete(tx, &held.lease.db, task, settings).await?)
+}
+
+/// The pause before an attempt.
+pub(super) fn pause(held: &Held) -> impl FnOnce(u32) -> Duration {
+    let base = Duration::from_millis(held.app.config.retry_backoff_ms);
+    let chance: f64 = rand::random();
+    move |retries| backoff(base, retries, chance)
+}
+
+/// Commits a deed with what it leaves of the job, and says whether the task goes on.
+pub(super) async fn commit(
+    held: &Held,
+    mut tx: ProjectTx,
+    task: Task,
+    aftermath: Aftermath,
+) -> Result<Option<Task>> {
+    aftermath.settle_job(&mut tx, &held.lease).await?;
+    tx.commit().await?;
+    Ok(match aftermath {
+        Aftermath::GoesOn => Some(held.lease.db.task(task.id).await?),
+        Aftermath::Later(_) | Aftermath::Rests => None,
+    })
+}

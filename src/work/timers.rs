@@ -1,0 +1,99 @@
+//! What happens when a time has come: a deadline, an escalation that brought nothing, a request that nobody answered.
+
+use chrono::Utc;
+use serde_json::json;
+
+use super::{Held, Result};
+use crate::ids::{self, Approval, Id};
+use crate::lifecycle::{self, Aftermath};
+use crate::store::until;
+use crate::task::{Bypass, Status, Violation};
+
+/// Looks at a task's deadline: a warning at 80 % of its time, a violation at its end (contract 2.6.4, SLA).
+pub(super) async fn deadline(held: &Held, id: Id<ids::Task>) -> Result<()> {
+    let db = &held.lease.db;
+    let settings = db.settings().await?;
+    let mut tx = db.begin().await?;
+    tx.extend(&held.lease).await?;
+    let mut task = tx.lock_task(id).await?;
+    let Some(deadline) = task
+        .document
+        .deadline
+        .filter(|_| !task.status().is_terminal())
+    else {
+        tx.complete(&held.lease).await?;
+        tx.commit().await?;
+        return Ok(());
+    };
+    let now = Utc::now();
+    if now < deadline {
+        let (whole, elapsed) = (deadline - task.created_at, now - task.created_at);
+        #[expect(clippy::cast_precision_loss, reason = "it is a share, for people")]
+        let share = elapsed.num_milliseconds() as f64 / whole.num_milliseconds().max(1) as f64;
+        if !std::mem::replace(&mut task.document.sla_warned, true) {
+            let told = json!({
+                "entityId": task.id, "entityType": "task", "deadline": deadline,
+                "elapsed": elapsed.num_milliseconds(), "remaining": (deadline - now).num_milliseconds(),
+                "percentUsed": share,
+            });
+            task.tell("sla:warning", told);
+        }
+        tx.put_off(&held.lease, until(deadline, now)).await?;
+        lifecycle::save(&mut tx, db, &mut task).await?;
+        tx.commit().await?;
+        return Ok(());
+    }
+    tx.complete(&held.lease).await?;
+    task.document.sla_violated = true;
+    let told = json!({
+        "entityId": task.id, "entityType": "task", "deadline": deadline,
+        "overdueMs": (now - deadline).num_milliseconds(),
+    });
+    task.tell("sla:violated", told);
+    match settings.violation_action {
+        Violation::Notify => lifecycle::save(&mut tx, db, &mut task).await?,
+        Violation::Fail => lifecycle::stop_at_deadline(&mut tx, db, &mut task).await?,
+    }
+    tx.commit().await?;
+    Ok(())
+}
+
+/// A level of the escalation policy has brought nothing in its time: the next one acts.
+pub(super) async fn escalation(held: &Held, id: Id<ids::Task>) -> Result<()> {
+    let db = &held.lease.db;
+    let settings = db.settings().await?;
+    let mut tx = db.begin().await?;
+    tx.complete(&held.lease).await?;
+    let mut task = tx.lock_task(id).await?;
+    let waits = matches!(
+        task.status(),
+        Status::Pending | Status::InProgress | Status::AwaitingApproval
+    );
+    if waits && task.document.escalation_level.is_some() {
+        tx.withdraw_approvals(id).await?;
+        if let Some(run) = task.run.filter(|_| task.status() == Status::InProgress) {
+            tx.end_run(run, crate::store::RunStatus::Interrupted, None)
+                .await?;
+            task.bypass(Bypass::Released);
+        }
+        tx.stop_run(id);
+        task.document.escalation_owed = false;
+        tx.call_off(crate::store::Job::Task(id)).await?;
+        let next = task.next_level(&settings);
+        let aftermath: Aftermath =
+            lifecycle::escalate(&mut tx, db, &mut task, &settings, next).await?;
+        aftermath.owe(&mut tx, &task).await?;
+    }
+    tx.commit().await?;
+    Ok(())
+}
+
+/// Nobody has answered a request in its time.
+pub(super) async fn approval(held: &Held, id: Id<Approval>) -> Result<()> {
+    let db = &held.lease.db;
+    let mut tx = db.begin().await?;
+    tx.complete(&held.lease).await?;
+    lifecycle::expire(&mut tx, db, id).await?;
+    tx.commit().await?;
+    Ok(())
+}
