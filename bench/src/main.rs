@@ -11,6 +11,7 @@ mod process;
 mod proxy;
 mod report;
 mod run;
+mod tasks;
 mod upstream;
 
 #[derive(Parser)]

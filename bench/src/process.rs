@@ -19,7 +19,7 @@ impl Server {
     pub(crate) async fn start(
         program: &Path,
         arguments: &[&str],
-        variables: &[(&str, &str)],
+        variables: &[(&str, String)],
         port: u16,
     ) -> anyhow::Result<Self> {
         let log = fs::File::options()
@@ -29,7 +29,7 @@ impl Server {
         let began = Instant::now();
         let child = Command::new(program)
             .args(arguments)
-            .envs(variables.iter().copied())
+            .envs(variables.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             // Logging is on, as it would be: into a file.

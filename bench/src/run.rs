@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use crate::load::{Measured, Target};
 use crate::process::{Server, cpu_seconds, cpu_seconds_of_tree, resident_mb};
 use crate::report::{Report, percentile};
+use crate::tasks;
 
 #[derive(Args)]
 pub(crate) struct Options {
@@ -26,12 +27,18 @@ pub(crate) struct Options {
     /// Streams held at once; 0 leaves them out.
     #[arg(long, default_value_t = 2000)]
     held: usize,
+    /// Seconds of the engine's sustained load; 0 leaves it out.
+    #[arg(long, default_value_t = 60)]
+    sustained: u64,
+    /// Measure the engine alone.
+    #[arg(long)]
+    only_tasks: bool,
     /// Requests of each closed loop.
     #[arg(long, default_value_t = 4000)]
     requests: usize,
 }
 
-const ADMIN: &str = "benchmark-admin-token";
+pub(crate) const ADMIN: &str = "benchmark-admin-token";
 const SYSTEMS: &[&str] = &["direct", "pass", "reference", "polpo"];
 
 struct System {
@@ -54,6 +61,9 @@ async fn measure(options: &Options, cluster: &Cluster) -> anyhow::Result<()> {
     polpo::store::migrate(&cluster.url("polpo")).await?;
     let me = std::env::current_exe()?;
     let upstream = Server::start(&me, &["upstream", "--port", "4801"], &[], 4801).await?;
+    if options.only_tasks {
+        return tasks::measure(&options.polpo, cluster, &upstream.url, options.sustained).await;
+    }
     let pass = Server::start(
         &me,
         &["proxy", "--port", "4802", "--upstream", &upstream.url],
@@ -140,7 +150,9 @@ async fn measure(options: &Options, cluster: &Cluster) -> anyhow::Result<()> {
         }
     }
     report.print(SYSTEMS);
-    Ok(())
+    // The engine has the machine for itself.
+    drop((pass, reference, polpo));
+    tasks::measure(&options.polpo, cluster, &upstream.url, options.sustained).await
 }
 
 async fn drive(
@@ -242,27 +254,32 @@ async fn hold(options: &Options, system: &System, report: &mut Report) -> anyhow
     Ok(())
 }
 
+/// What a polpo under measurement is set to.
+pub(crate) fn settings(database: &str, bind: &str, upstream: &str) -> Vec<(&'static str, String)> {
+    let fixed = [
+        ("DATABASE_URL", database.to_owned()),
+        ("POLPO_BIND", bind.to_owned()),
+        (
+            "POLPO_MASTER_KEY",
+            "00112233445566778899aabbccddeeff".repeat(2),
+        ),
+        ("POLPO_ADMIN_TOKEN", ADMIN.to_owned()),
+        ("POLPO_LOG_FORMAT", "json".to_owned()),
+        // The limit is on, and high: it is counted, not met.
+        ("POLPO_RATE_LIMIT", "1000000".to_owned()),
+        ("OPENAI_API_KEY", "server-key".to_owned()),
+        ("OPENAI_BASE_URL", format!("{upstream}/v1")),
+    ];
+    fixed.into()
+}
+
 async fn start_polpo(
     program: &Path,
     cluster: &Cluster,
     upstream: &str,
 ) -> anyhow::Result<(Server, String)> {
     let database = cluster.url("polpo");
-    let upstream = format!("{upstream}/v1");
-    let variables = [
-        ("DATABASE_URL", database.as_str()),
-        ("POLPO_BIND", "127.0.0.1:4804"),
-        (
-            "POLPO_MASTER_KEY",
-            "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff",
-        ),
-        ("POLPO_ADMIN_TOKEN", ADMIN),
-        ("POLPO_LOG_FORMAT", "json"),
-        // The limit is on, and high: it is counted, not met.
-        ("POLPO_RATE_LIMIT", "1000000"),
-        ("OPENAI_API_KEY", "server-key"),
-        ("OPENAI_BASE_URL", &upstream),
-    ];
+    let variables = settings(&database, "127.0.0.1:4804", upstream);
     let server = Server::start(program, &["serve"], &variables, 4804).await?;
     let client = reqwest::Client::new();
     let post = async |path: &str, token: &str, body: Value| -> anyhow::Result<Value> {

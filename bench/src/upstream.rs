@@ -1,6 +1,9 @@
 //! A provider that answers at once, or a token every 50 ms. The model's name says which and how much:
-//! `short` is 8 tokens, `stream-64` is 64, `paced-200` is 200 at 20 a second.
+//! `short` is 8 tokens, `stream-64` is 64, `paced-200` is 200 at 20 a second. `agent-6-50` calls a tool five times and then
+//! answers, 50 ms each time.
 
+use std::collections::HashMap;
+use std::sync::Mutex;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::Router;
@@ -35,6 +38,7 @@ pub(crate) async fn serve(port: u16) -> anyhow::Result<()> {
         axum::serve::ListenerExt::tap_io(listener, |stream| drop(stream.set_nodelay(true)));
     let router = Router::new()
         .route("/v1/chat/completions", post(answer))
+        .route("/asked", axum::routing::get(asked))
         .route("/health", axum::routing::get(|| async { "ok" }));
     Ok(axum::serve(listener, router).await?)
 }
@@ -42,6 +46,9 @@ pub(crate) async fn serve(port: u16) -> anyhow::Result<()> {
 async fn answer(body: Bytes) -> Response {
     let request: Value = serde_json::from_slice(&body).unwrap_or_default();
     let model = request["model"].as_str().unwrap_or_default();
+    if let Some(agent) = model.strip_prefix("agent-") {
+        return work(agent, &request).await;
+    }
     let tokens = model
         .rsplit_once('-')
         .and_then(|(_, count)| count.parse().ok())
@@ -58,6 +65,66 @@ async fn answer(body: Bytes) -> Response {
     } else {
         Body::from_stream(stream::iter(burst_frames(tokens)))
     };
+    ([(CONTENT_TYPE, "text/event-stream")], body).into_response()
+}
+
+/// When the provider was asked about the tasks that are there to be resumed.
+static ASKED: Mutex<Option<HashMap<String, Vec<u64>>>> = Mutex::new(None);
+
+async fn asked() -> axum::Json<HashMap<String, Vec<u64>>> {
+    let asked = ASKED.lock().map(|asked| asked.clone()).unwrap_or_default();
+    axum::Json(asked.unwrap_or_default())
+}
+
+/// A turn of an agent: so many model calls in all, so many milliseconds each.
+async fn work(agent: &str, request: &Value) -> Response {
+    let (calls, pause) = agent.split_once('-').unwrap_or(("1", "0"));
+    let number = |text: &str| text.parse::<u64>().unwrap_or_default();
+    let messages = request["messages"]
+        .as_array()
+        .map_or(&[][..], Vec::as_slice);
+    let results = messages
+        .iter()
+        .filter(|message| message["role"] == "tool")
+        .count() as u64;
+    let title = messages
+        .iter()
+        .find(|message| message["role"] == "user")
+        .and_then(|message| match &message["content"] {
+            Value::String(text) => Some(text.clone()),
+            parts => parts[0]["text"].as_str().map(str::to_owned),
+        });
+    if let Some(title) = title.filter(|title| title.starts_with("res"))
+        && let Ok(mut asked) = ASKED.lock()
+    {
+        asked
+            .get_or_insert_default()
+            .entry(title)
+            .or_default()
+            .push(now_us());
+    }
+    let pause = Duration::from_millis(number(pause));
+    if !pause.is_zero() {
+        tokio::time::sleep(pause).await;
+    }
+    let (delta, finish) = if results + 1 < number(calls) {
+        let call = json!({"index": 0, "id": format!("call_{results}"), "type": "function",
+            "function": {"name": "memory_get", "arguments": "{}"}});
+        (
+            json!({"role": "assistant", "tool_calls": [call]}),
+            "tool_calls",
+        )
+    } else {
+        (json!({"role": "assistant", "content": "Done."}), "stop")
+    };
+    let usage = json!({"id": "chatcmpl-up", "object": "chat.completion.chunk", "created": 1, "model": "up", "choices": [],
+        "usage": {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12}});
+    let body = [
+        &chunk(&delta, None)[..],
+        &chunk(&json!({}), Some(finish))[..],
+        format!("data: {usage}\n\ndata: [DONE]\n\n").as_bytes(),
+    ]
+    .concat();
     ([(CONTENT_TYPE, "text/event-stream")], body).into_response()
 }
 

@@ -1,0 +1,516 @@
+//! Measures the engine: what it adds to the model's own time, how many tasks it finishes, how soon it goes on after a
+//! kill, and how late an event is. There is nothing to compare with in the same run, so these are absolute figures.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail, ensure};
+use futures::StreamExt;
+use polpo::embedded::Cluster;
+use serde_json::{Value, json};
+use tokio::sync::mpsc;
+
+use crate::process::{Server, cpu_seconds, cpu_seconds_of_tree, resident_mb};
+use crate::report::percentile;
+use crate::run::{ADMIN, settings};
+use crate::upstream::now_us;
+
+/// What a model call of the scripted provider takes.
+const CALL_MS: f64 = 50.0;
+
+/// One project of a running polpo.
+#[derive(Clone)]
+struct Project {
+    client: reqwest::Client,
+    url: String,
+    key: String,
+}
+
+/// A frame of the event stream, and when it came.
+struct Told {
+    name: String,
+    payload: Value,
+    at_us: u64,
+}
+
+impl Project {
+    async fn make(url: &str, name: &str) -> anyhow::Result<Self> {
+        let client = reqwest::Client::builder().tcp_nodelay(true).build()?;
+        let post = async |path: &str, token: &str, body: Value| -> anyhow::Result<Value> {
+            let request = client
+                .post(format!("{url}{path}"))
+                .bearer_auth(token)
+                .json(&body);
+            Ok(request.send().await?.error_for_status()?.json().await?)
+        };
+        let organization = post("/v1/orgs", ADMIN, json!({"name": name})).await?;
+        let project = post(
+            "/v1/projects",
+            ADMIN,
+            json!({"orgId": organization["id"], "name": name}),
+        )
+        .await?;
+        let scopes = json!([{"type": "project", "projectId": project["id"]}]);
+        let key = post("/v1/api-keys", ADMIN, json!({"scopes": scopes})).await?;
+        let key = key["key"].as_str().context("no key")?.to_owned();
+        for model in [
+            "agent-1-50",
+            "agent-51-50",
+            "agent-6-50",
+            "agent-1-0",
+            "agent-200-50",
+        ] {
+            post(
+                "/v1/agents",
+                &key,
+                json!({"name": model, "model": format!("openai:{model}"), "maxTurns": 500}),
+            )
+            .await?;
+        }
+        Ok(Self {
+            client,
+            url: url.to_owned(),
+            key,
+        })
+    }
+
+    async fn post(&self, path: &str, body: &Value) -> anyhow::Result<Value> {
+        let request = self
+            .client
+            .post(format!("{}{path}", self.url))
+            .bearer_auth(&self.key)
+            .json(body);
+        let response = request.send().await?;
+        let status = response.status();
+        let text = response.text().await?;
+        ensure!(status.is_success(), "{path}: {status}: {text}");
+        Ok(serde_json::from_str(&text)?)
+    }
+
+    async fn create(&self, agent: &str, title: &str) -> anyhow::Result<String> {
+        let task = json!({"title": title, "description": title, "assignTo": agent});
+        let task = self.post("/v1/tasks", &task).await?;
+        Ok(task["id"].as_str().context("no id")?.to_owned())
+    }
+
+    /// Follows events; ends when the receiver is dropped.
+    async fn follow(&self, filter: &str) -> anyhow::Result<mpsc::UnboundedReceiver<Told>> {
+        let request = self
+            .client
+            .get(format!("{}/v1/events?filter={filter}", self.url))
+            .bearer_auth(&self.key);
+        let mut body = request.send().await?.error_for_status()?.bytes_stream();
+        // The first piece says that the stream is live.
+        body.next().await.context("the event stream ended")??;
+        let (sender, receiver) = mpsc::unbounded_channel();
+        tokio::spawn(async move {
+            let mut text = String::new();
+            while let Some(Ok(piece)) = body.next().await {
+                let at_us = now_us();
+                text.push_str(&String::from_utf8_lossy(&piece));
+                while let Some(end) = text.find("\n\n") {
+                    let frame: String = text.drain(..end + 2).collect();
+                    let line = |key: &str| {
+                        frame
+                            .lines()
+                            .find_map(|line| line.strip_prefix(key))
+                            .unwrap_or_default()
+                            .to_owned()
+                    };
+                    let (name, data) = (line("event: "), line("data: "));
+                    if name.is_empty() || data.is_empty() {
+                        continue;
+                    }
+                    let payload = serde_json::from_str(&data).unwrap_or_default();
+                    if sender
+                        .send(Told {
+                            name,
+                            payload,
+                            at_us,
+                        })
+                        .is_err()
+                    {
+                        return;
+                    }
+                }
+            }
+        });
+        Ok(receiver)
+    }
+}
+
+/// Drives the engine and prints what came of it.
+pub(crate) async fn measure(
+    polpo: &Path,
+    cluster: &Cluster,
+    upstream: &str,
+    sustained: u64,
+) -> anyhow::Result<()> {
+    cluster.ensure_database("engine")?;
+    let database = cluster.url("engine");
+    polpo::store::migrate(&database).await?;
+    let postgres = cluster.pid().context("the database ended")?;
+    let server = Server::start(
+        polpo,
+        &["serve"],
+        &settings(&database, "127.0.0.1:4806", upstream),
+        4806,
+    )
+    .await?;
+    let project = Project::make(&server.url, "Engine").await?;
+    println!("\nthe engine{:>46}", "measured");
+    let mut events = project.follow("task:completed").await?;
+    own_time(&project, &mut events).await?;
+    sustain(&project, &mut events, server.pid()?, postgres, sustained).await?;
+    events_in_time(&project, &server).await?;
+    drop(events);
+    resume(polpo, &project, server, &database, upstream).await
+}
+
+fn row(name: &str, value: f64) {
+    println!("{name:<44}{value:>12.2}");
+}
+
+/// Waits for so many tasks to be done.
+async fn done(events: &mut mpsc::UnboundedReceiver<Told>, count: usize) -> anyhow::Result<()> {
+    for _ in 0..count {
+        let told = tokio::time::timeout(Duration::from_secs(120), events.recv())
+            .await
+            .context("a task is not done")?;
+        ensure!(
+            told.context("the event stream ended")?.name == "task:completed",
+            "another event"
+        );
+    }
+    Ok(())
+}
+
+async fn own_time(
+    project: &Project,
+    events: &mut mpsc::UnboundedReceiver<Told>,
+) -> anyhow::Result<()> {
+    for round in 0..20 {
+        project
+            .create("agent-1-0", &format!("warm {round}"))
+            .await?;
+        done(events, 1).await?;
+    }
+    let mut one = Vec::new();
+    for round in 0..60 {
+        let began = Instant::now();
+        project
+            .create("agent-1-50", &format!("one {round}"))
+            .await?;
+        done(events, 1).await?;
+        one.push(began.elapsed().as_secs_f64() * 1000.0 - CALL_MS);
+    }
+    row("one task of one call, own ms, p50", percentile(&one, 50.0));
+    row("one task of one call, own ms, p99", percentile(&one, 99.0));
+    let mut long = Vec::new();
+    for round in 0..3 {
+        let began = Instant::now();
+        project
+            .create("agent-51-50", &format!("long {round}"))
+            .await?;
+        done(events, 1).await?;
+        long.push(began.elapsed().as_secs_f64() * 1000.0 - 51.0 * CALL_MS);
+    }
+    row("50 tool turns, own ms", percentile(&long, 50.0));
+    let mut ten = Vec::new();
+    for round in 0..5 {
+        let began = Instant::now();
+        let titles: Vec<String> = (0..10)
+            .map(|number| format!("ten {round} {number}"))
+            .collect();
+        futures::future::try_join_all(
+            titles
+                .iter()
+                .map(|title| project.create("agent-6-50", title)),
+        )
+        .await?;
+        done(events, 10).await?;
+        ten.push(began.elapsed().as_secs_f64() * 1000.0 - 6.0 * CALL_MS);
+    }
+    row(
+        "ten at once of five turns, above the model",
+        percentile(&ten, 50.0),
+    );
+    Ok(())
+}
+
+/// One-call tasks with an instant model, as many as there is time for, with at most some hundred unfinished.
+async fn sustain(
+    project: &Project,
+    events: &mut mpsc::UnboundedReceiver<Told>,
+    pid: u32,
+    postgres: u32,
+    seconds: u64,
+) -> anyhow::Result<()> {
+    if seconds == 0 {
+        return Ok(());
+    }
+    let until = Instant::now() + Duration::from_secs(seconds);
+    let open = Arc::new(tokio::sync::Semaphore::new(200));
+    let created = Arc::new(AtomicUsize::new(0));
+    let mut creators = Vec::new();
+    for creator in 0..8 {
+        let (project, open, created) = (project.clone(), open.clone(), created.clone());
+        creators.push(tokio::spawn(async move {
+            let mut number = 0;
+            while Instant::now() < until {
+                open.acquire().await?.forget();
+                project
+                    .create("agent-1-0", &format!("s {creator} {number}"))
+                    .await?;
+                created.fetch_add(1, Ordering::Relaxed);
+                number += 1;
+            }
+            anyhow::Ok(())
+        }));
+    }
+    let (own, database) = (cpu_seconds(pid), cpu_seconds_of_tree(postgres));
+    let (began, mut finished, mut early) = (Instant::now(), 0usize, 0.0);
+    while Instant::now() < until {
+        if tokio::time::timeout_at(until.into(), done(events, 1))
+            .await
+            .is_ok_and(|done| done.is_ok())
+        {
+            finished += 1;
+            open.add_permits(1);
+        }
+        if early == 0.0 && began.elapsed() > Duration::from_secs(seconds / 4) {
+            early = resident_mb(pid);
+        }
+    }
+    let elapsed = began.elapsed().as_secs_f64();
+    let late = resident_mb(pid);
+    let (own, database) = (
+        cpu_seconds(pid) - own,
+        cpu_seconds_of_tree(postgres) - database,
+    );
+    open.add_permits(100_000);
+    for creator in creators {
+        creator.await??;
+    }
+    let left = created.load(Ordering::Relaxed) - finished;
+    done(events, left).await?;
+    row(
+        "one-call tasks finished per second",
+        finished as f64 / elapsed,
+    );
+    row("  CPU s per 1,000, polpo", own / finished as f64 * 1000.0);
+    row(
+        "  CPU s per 1,000, with Postgres",
+        (own + database) / finished as f64 * 1000.0,
+    );
+    row("  resident MB after a quarter", early);
+    row("  resident MB at the end", late);
+    Ok(())
+}
+
+/// 200 events a second with 1,000 idle readers attached.
+async fn events_in_time(project: &Project, server: &Server) -> anyhow::Result<()> {
+    const IDLE: usize = 1_000;
+    let quiet = Project::make(&server.url, "Quiet").await?;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let before = resident_mb(server.pid()?);
+    let mut idle = Vec::new();
+    for _ in 0..IDLE / 50 {
+        let some = (0..50).map(|_| quiet.follow("*"));
+        idle.extend(futures::future::try_join_all(some).await?);
+    }
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    row(
+        "an idle event reader, kB",
+        (resident_mb(server.pid()?) - before) * 1024.0 / IDLE as f64,
+    );
+    let mut events = project.follow("task:created").await?;
+    let writer = {
+        let project = project.clone();
+        tokio::spawn(async move {
+            let mut ticks = tokio::time::interval(Duration::from_millis(5));
+            for number in 0..2_000 {
+                ticks.tick().await;
+                let project = project.clone();
+                tokio::spawn(async move {
+                    let task = json!({"title": format!("e {number}"), "description": "d", "assignTo": "agent-1-0", "draft": true});
+                    project.post("/v1/tasks", &task).await
+                });
+            }
+        })
+    };
+    let mut late = Vec::new();
+    for _ in 0..2_000 {
+        let told = tokio::time::timeout(Duration::from_secs(30), events.recv())
+            .await?
+            .context("the event stream ended")?;
+        let at = told.payload["timestamp"].as_str().context("no timestamp")?;
+        let at_us = polpo_time_us(at).context("no time")?;
+        late.push(told.at_us.saturating_sub(at_us) as f64 / 1000.0);
+    }
+    writer.await?;
+    row(
+        "200 events a second, stamp to frame ms, p50",
+        percentile(&late, 50.0),
+    );
+    row(
+        "200 events a second, stamp to frame ms, p99",
+        percentile(&late, 99.0),
+    );
+    drop(idle);
+    Ok(())
+}
+
+fn polpo_time_us(text: &str) -> Option<u64> {
+    let at = chrono::DateTime::parse_from_rfc3339(text).ok()?;
+    u64::try_from(at.timestamp_micros()).ok()
+}
+
+/// Kills the process that runs a long task, and looks when its model is asked again: by another process, and by the
+/// same one started again.
+async fn resume(
+    polpo: &Path,
+    project: &Project,
+    server: Server,
+    database: &str,
+    upstream: &str,
+) -> anyhow::Result<()> {
+    let mut first = Some(server);
+    let mut other = Some(
+        Server::start(
+            polpo,
+            &["serve"],
+            &settings(database, "127.0.0.1:4807", upstream),
+            4807,
+        )
+        .await?,
+    );
+    let (mut by_other, mut by_same) = (Vec::new(), Vec::new());
+    for round in 0..5 {
+        let title = format!("resume {round}");
+        let through = Project {
+            url: "http://127.0.0.1:4807".to_owned(),
+            ..project.clone()
+        };
+        let id = through.create("agent-200-50", &title).await?;
+        tokio::time::sleep(Duration::from_millis(700)).await;
+        let listed: Value = through
+            .client
+            .get(format!("{}/v1/agents/processes", through.url))
+            .bearer_auth(&through.key)
+            .send()
+            .await?
+            .json()
+            .await?;
+        let pid = listed
+            .as_array()
+            .into_iter()
+            .flatten()
+            .find(|one| one["taskId"] == id.as_str())
+            .and_then(|one| one["pid"].as_u64());
+        let pid = u32::try_from(pid.context("nobody runs the task")?)?;
+        let is_first = first
+            .as_ref()
+            .is_some_and(|server| server.pid().is_ok_and(|own| own == pid));
+        let killed = now_us();
+        let (slot, bind, port) = if is_first {
+            (&mut first, "127.0.0.1:4806", 4806)
+        } else {
+            (&mut other, "127.0.0.1:4807", 4807)
+        };
+        // Dropping it is kill -9.
+        drop(slot.take());
+        by_other.push(asked_after(upstream, &title, killed).await?);
+        *slot = Some(
+            Server::start(polpo, &["serve"], &settings(database, bind, upstream), port).await?,
+        );
+        through_any(&through, &id).await?;
+    }
+    drop(other.take());
+    for round in 0..5 {
+        let title = format!("restart {round}");
+        let through = Project {
+            url: "http://127.0.0.1:4806".to_owned(),
+            ..project.clone()
+        };
+        if first.is_none() {
+            first = Some(
+                Server::start(
+                    polpo,
+                    &["serve"],
+                    &settings(database, "127.0.0.1:4806", upstream),
+                    4806,
+                )
+                .await?,
+            );
+        }
+        let id = through.create("agent-200-50", &title).await?;
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        drop(first.take());
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        let started = now_us();
+        first = Some(
+            Server::start(
+                polpo,
+                &["serve"],
+                &settings(database, "127.0.0.1:4806", upstream),
+                4806,
+            )
+            .await?,
+        );
+        by_same.push(asked_after(upstream, &title, started).await?);
+        through_any(&through, &id).await?;
+    }
+    row(
+        "kill to next model request, other process, ms",
+        percentile(&by_other, 50.0),
+    );
+    row("  the worst of five", percentile(&by_other, 100.0));
+    row(
+        "start to next model request, restarted, ms",
+        percentile(&by_same, 50.0),
+    );
+    row("  the worst of five", percentile(&by_same, 100.0));
+    Ok(())
+}
+
+/// Ends a task that has served its purpose.
+async fn through_any(project: &Project, id: &str) -> anyhow::Result<()> {
+    for _ in 0..100 {
+        if project
+            .post(&format!("/v1/tasks/{id}/kill"), &json!({}))
+            .await
+            .is_ok()
+        {
+            return Ok(());
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    bail!("a task cannot be killed")
+}
+
+/// Milliseconds from an instant to the next time that the provider was asked about a task.
+async fn asked_after(upstream: &str, title: &str, after_us: u64) -> anyhow::Result<f64> {
+    let client = reqwest::Client::new();
+    for _ in 0..1_500 {
+        let asked: HashMap<String, Vec<u64>> = client
+            .get(format!("{upstream}/asked"))
+            .send()
+            .await?
+            .json()
+            .await?;
+        let next = asked
+            .get(title)
+            .into_iter()
+            .flatten()
+            .find(|at| **at > after_us);
+        if let Some(at) = next {
+            return Ok((at - after_us) as f64 / 1000.0);
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    bail!("the task was not gone on with")
+}
