@@ -199,6 +199,50 @@ impl TestApp {
         assert_eq!(status, 201, "{body}");
     }
 
+    /// A task for `noor`, with further members; its id.
+    pub(crate) async fn task(&self, title: &str, others: Value) -> String {
+        let mut task =
+            json!({"title": title, "description": format!("Do {title}"), "assignTo": "noor"});
+        task.as_object_mut()
+            .unwrap()
+            .extend(others.as_object().unwrap().clone());
+        let (status, body) = answer(self.post("/v1/tasks", task)).await;
+        assert_eq!(status, 201, "{body}");
+        body["id"].as_str().unwrap().to_owned()
+    }
+
+    /// A task as it stands.
+    pub(crate) async fn read(&self, id: &str) -> Value {
+        answer(self.get(&format!("/v1/tasks/{id}"))).await.1
+    }
+
+    /// Waits until a task stands there, and returns it.
+    pub(crate) async fn until(&self, id: &str, status: &str) -> Value {
+        let mut task = Value::Null;
+        for _ in 0..400 {
+            task = self.read(id).await;
+            if task["status"] == status {
+                return task;
+            }
+            tokio::time::sleep(Duration::from_millis(25)).await;
+        }
+        panic!("it never came to be {status}: {task}");
+    }
+
+    /// The events of the project so far, by name, that pass a filter.
+    pub(crate) async fn events(&self, filter: &str) -> Vec<(String, Value)> {
+        let mut database = PgConnection::connect(&self.database_url).await.unwrap();
+        let rows: Vec<(String, String)> =
+            sqlx::query_as("select name, payload from production.events order by project_id, seq")
+                .fetch_all(&mut database)
+                .await
+                .unwrap();
+        rows.into_iter()
+            .filter(|(name, _)| polpo::event::passes(filter, name))
+            .map(|(name, payload)| (name, serde_json::from_str(&payload).unwrap()))
+            .collect()
+    }
+
     pub(crate) fn chat(&self, body: Value) -> RequestBuilder {
         self.post("/v1/chat/completions", body)
     }
@@ -343,11 +387,15 @@ pub(crate) enum Reply {
     Plain(u16, Vec<(&'static str, &'static str)>, String),
 }
 
+/// What an upstream answers to a request, whenever it comes.
+type Rule = Arc<dyn Fn(&Value) -> Reply + Send + Sync>;
+
 /// A provider that plays a script and remembers what it was asked.
 #[derive(Clone)]
 pub(crate) struct Upstream {
     pub(crate) url: String,
     script: Arc<Mutex<VecDeque<Reply>>>,
+    rule: Arc<Mutex<Option<Rule>>>,
     asked: Arc<Mutex<Vec<(HeaderMap, Value)>>>,
     left: Arc<AtomicBool>,
     flooded: Arc<AtomicUsize>,
@@ -363,6 +411,7 @@ impl Upstream {
         let upstream = Self {
             url: format!("http://{}", listener.local_addr().unwrap()),
             script: Arc::default(),
+            rule: Arc::default(),
             asked: Arc::default(),
             left: Arc::default(),
             flooded: Arc::default(),
@@ -374,6 +423,11 @@ impl Upstream {
 
     pub(crate) fn will(&self, reply: Reply) {
         self.script.lock().unwrap().push_back(reply);
+    }
+
+    /// Answers by what it is asked, when nothing is scripted: work in the background asks in no fixed order.
+    pub(crate) fn answers(&self, rule: impl Fn(&Value) -> Reply + Send + Sync + 'static) {
+        *self.rule.lock().unwrap() = Some(Arc::new(rule));
     }
 
     /// Will say this, a word a chunk.
@@ -424,8 +478,10 @@ impl Drop for Leaving {
 async fn play(State(upstream): State<Upstream>, headers: HeaderMap, body: Bytes) -> Response {
     let body: Value = serde_json::from_slice(&body).unwrap_or_default();
     let whole = body["stream"] != true;
+    let scripted = upstream.script.lock().unwrap().pop_front();
+    let rule = upstream.rule.lock().unwrap().clone();
+    let reply = scripted.or_else(|| rule.map(|rule| rule(&body)));
     upstream.asked.lock().unwrap().push((headers, body));
-    let reply = upstream.script.lock().unwrap().pop_front();
     let pieces = |pieces: Vec<Bytes>| {
         futures::stream::iter(pieces).then(|piece| async {
             tokio::task::yield_now().await;
@@ -543,6 +599,27 @@ fn folded(said: &[Bytes]) -> String {
     }
     whole["choices"] = json!([choice]);
     whole.to_string()
+}
+
+/// The text of a request's last message of a role.
+pub(crate) fn last_text(request: &Value, role: &str) -> String {
+    let messages = request["messages"].as_array().unwrap();
+    let Some(last) = messages.iter().rfind(|message| message["role"] == role) else {
+        return String::new();
+    };
+    match &last["content"] {
+        Value::String(text) => text.clone(),
+        parts => parts[0]["text"].as_str().unwrap_or_default().to_owned(),
+    }
+}
+
+/// How many tool results a request shows.
+pub(crate) fn results(request: &Value) -> usize {
+    let messages = request["messages"].as_array().unwrap();
+    messages
+        .iter()
+        .filter(|message| message["role"] == "tool")
+        .count()
 }
 
 /// A chunk of OpenAI's stream.

@@ -43,7 +43,8 @@ async fn every_route_without_a_key_is_401() {
         let path = path
             .replace("{id}", "x")
             .replace("{name}", "x")
-            .replace("{provider}", "x");
+            .replace("{provider}", "x")
+            .replace("{taskId}", "x");
         for prefix in ["", "/api"] {
             let request = app
                 .client
@@ -86,6 +87,22 @@ async fn another_project_and_the_other_world_see_nothing() {
         .unwrap()
         .to_owned();
 
+    let draft = json!({"title": "secret-task", "description": "secret-words", "assignTo": "secret-agent", "draft": true});
+    let task = answer(app.post("/v1/tasks", draft)).await.1["id"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    let gate =
+        json!({"id": "secret-gate", "name": "secret", "handler": "human", "hook": "task:create"});
+    answer(app.patch("/v1/config", json!({"approvalGates": [gate]}))).await;
+    let gated =
+        json!({"title": "secret-gated", "description": "secret-words", "assignTo": "secret-agent"});
+    answer(app.post("/v1/tasks", gated)).await;
+    let approval = answer(app.get("/v1/approvals")).await.1[0]["id"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+
     let organization = app
         .app
         .db
@@ -108,6 +125,9 @@ async fn another_project_and_the_other_world_see_nothing() {
         ("/v1/chat/sessions/{id}", json!({"title": "mine now"})),
         ("/v1/agents/{name}", json!({"role": "mine now"})),
         ("/v1/teams/{name}", json!({"description": "mine now"})),
+        ("/v1/tasks/{id}", json!({"description": "mine now"})),
+        ("/v1/approvals/{id}/reject", json!({"feedback": "mine now"})),
+        ("/v1/approvals/{id}/revise", json!({"feedback": "mine now"})),
         ("/v1/memory", json!({"content": "mine now"})),
         ("/v1/memory/agent/{name}", json!({"content": "mine now"})),
     ]
@@ -117,17 +137,23 @@ async fn another_project_and_the_other_world_see_nothing() {
             let platform = ["/v1/orgs", "/v1/projects", "/v1/api-keys", "/v1/byok"]
                 .iter()
                 .any(|prefix| path.starts_with(prefix));
-            if open || platform {
+            // The event streams never end: `events.rs` looks at them.
+            if open || platform || path.starts_with("/v1/events") {
                 continue;
             }
             let names: &[&str] = match path.as_str() {
                 path if path.contains("/sessions/{id}") => &[&session],
                 path if path.contains("/teams/{name}") => &["secret-team"],
+                path if path.contains("/tasks/{id}") || path.contains("{taskId}") => &[&task],
+                path if path.contains("/approvals/{id}") => &[&approval],
                 path if path.contains('{') => &["secret-agent", &agent_id],
                 _ => &[""],
             };
             for name in names {
-                let real = path.replace("{id}", name).replace("{name}", name);
+                let real = path
+                    .replace("{id}", name)
+                    .replace("{name}", name)
+                    .replace("{taskId}", name);
                 let mut request = app
                     .client
                     .request(method.clone(), format!("{}{real}", app.url))
@@ -136,8 +162,9 @@ async fn another_project_and_the_other_world_see_nothing() {
                     request = request.json(body);
                 }
                 let (status, body) = answer(request).await;
-                // A memory need not exist to be read (contract 2.13): a stranger's is empty.
-                if path.contains('{') && !path.starts_with("/v1/memory/") {
+                // A memory need not exist to be read (contract 2.13), nor a process (2.4.2): a stranger's is empty.
+                let empty = path.starts_with("/v1/memory/") || path.contains("/processes/");
+                if path.contains('{') && !empty {
                     assert_eq!(
                         (status.as_u16(), body["code"].as_str()),
                         (404, Some("not_found")),
@@ -181,6 +208,13 @@ async fn another_project_and_the_other_world_see_nothing() {
     for path in ["/v1/memory", "/v1/memory/agent/secret-agent"] {
         assert_eq!(answer(app.get(path)).await.1["content"], "secret-memory");
     }
+    let untouched = app.read(&task).await;
+    assert_eq!(
+        (&untouched["status"], &untouched["description"]),
+        (&json!("draft"), &json!("secret-words"))
+    );
+    let waiting = answer(app.get("/v1/approvals?status=pending")).await.1;
+    assert_eq!(waiting[0]["id"], json!(approval));
     let (_, read) = answer(app.get(&format!("/v1/chat/sessions/{session}/messages"))).await;
     assert_eq!(read["session"]["title"], "secret-words");
     assert_eq!(

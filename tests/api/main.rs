@@ -8,14 +8,21 @@
 mod harness;
 
 mod agents;
+mod approvals;
+mod assessments;
 mod auth;
 mod browsers;
 mod chat;
+mod crashes;
+mod engine;
+mod events;
 mod isolation;
 mod memory;
 mod platform;
 mod processes;
 mod providers;
 mod sessions;
+mod settings;
 mod streams;
+mod tasks;
 mod tools;

@@ -1,0 +1,273 @@
+//! Where people must say yes (contract 2.11).
+
+use serde_json::{Value, json};
+
+use crate::assessments::{is_review, scored};
+use crate::harness::{Reply, TestApp, answer, eventually, last_text, said};
+
+/// A server whose project has these gates, and whose model repeats what it is asked.
+async fn with_gates(gates: Value) -> TestApp {
+    let app = TestApp::start_with(&["--retry-backoff-ms", "1"]).await;
+    app.agent("noor").await;
+    app.upstream.answers(|request| {
+        if is_review(request) {
+            scored(request, 5.0)
+        } else if last_text(request, "user").contains("break") {
+            Reply::Plain(400, vec![], "{}".to_owned())
+        } else {
+            Reply::Stream(said(&format!("I did: {}", last_text(request, "user"))))
+        }
+    });
+    let (status, body) = answer(app.patch("/v1/config", json!({"approvalGates": gates}))).await;
+    assert_eq!(status, 200, "{body}");
+    app
+}
+
+fn gate(hook: &str, others: Value) -> Value {
+    let mut gate =
+        json!({"id": hook, "name": format!("Gate {hook}"), "handler": "human", "hook": hook});
+    gate.as_object_mut()
+        .unwrap()
+        .extend(others.as_object().unwrap().clone());
+    gate
+}
+
+/// The request that a task waits for.
+async fn waiting(app: &TestApp, task: &str) -> Value {
+    app.until(task, "awaiting_approval").await;
+    answer(app.get(&format!("/v1/approvals?taskId={task}&status=pending")))
+        .await
+        .1[0]
+        .clone()
+}
+
+async fn decide(app: &TestApp, request: &Value, deed: &str, body: Value) -> (u16, Value) {
+    let path = format!("/v1/approvals/{}/{deed}", request["id"].as_str().unwrap());
+    let (status, body) = answer(app.post(&path, body)).await;
+    (status.as_u16(), body)
+}
+
+#[tokio::test]
+async fn a_gate_at_every_hook_stops_a_task_until_someone_says_yes() {
+    for (hook, title) in [
+        ("task:create", "work"),
+        ("task:spawn", "work"),
+        ("task:assign", "work"),
+        ("task:transition", "work"),
+        ("task:complete", "work"),
+        ("task:retry", "break"),
+        ("task:fail", "break"),
+        ("assessment:run", "work"),
+        ("assessment:complete", "work"),
+    ] {
+        let app = with_gates(json!([gate(hook, json!({}))])).await;
+        let retries = i32::from(hook == "task:retry");
+        let id = app.task(
+                title,
+                json!({"maxRetries": retries, "expectations": [{"type": "llm_review", "criteria": "Is it good?"}]}),
+            ).await;
+        let request = waiting(&app, &id).await;
+        assert_eq!(
+            (&request["gateId"], &request["taskId"]),
+            (&json!(hook), &json!(id)),
+            "{hook}"
+        );
+        assert!(
+            request["id"].as_str().unwrap().starts_with("apr_")
+                && request["requestedAt"].is_string()
+        );
+        if title == "break" {
+            // What failed gets another attempt with the yes.
+            app.upstream.answers(|request| {
+                if is_review(request) {
+                    scored(request, 5.0)
+                } else {
+                    Reply::Stream(said("Fine now."))
+                }
+            });
+        }
+        let (status, approved) = decide(
+            &app,
+            &request,
+            "approve",
+            json!({"resolvedBy": "mina", "note": "ok"}),
+        )
+        .await;
+        assert_eq!(status, 200, "{approved}");
+        assert_eq!(
+            (
+                &approved["status"],
+                &approved["resolvedBy"],
+                &approved["note"]
+            ),
+            (&json!("approved"), &json!("mina"), &json!("ok"))
+        );
+        app.until(&id, "done").await;
+        let told: Vec<String> = app
+            .events("approval:*")
+            .await
+            .into_iter()
+            .map(|(name, _)| name)
+            .collect();
+        assert_eq!(told, ["approval:requested", "approval:resolved"], "{hook}");
+        let (status, body) = decide(&app, &request, "approve", json!({})).await;
+        assert_eq!((status, &body["code"]), (409, &json!("conflict")));
+    }
+}
+
+#[tokio::test]
+async fn work_whose_judgement_was_held_up_is_not_done_again() {
+    let app = with_gates(json!([gate("assessment:run", json!({}))])).await;
+    let expectations = json!([{"type": "llm_review", "criteria": "Is it good?"}]);
+    let id = app
+        .task("work", json!({"expectations": expectations}))
+        .await;
+    let request = waiting(&app, &id).await;
+    decide(&app, &request, "approve", json!({})).await;
+    app.until(&id, "done").await;
+    let runs = app
+        .upstream
+        .asked()
+        .into_iter()
+        .filter(|request| !is_review(request));
+    assert_eq!(runs.count(), 1);
+}
+
+#[tokio::test]
+async fn a_condition_decides_and_an_automatic_gate_needs_one() {
+    let heavy =
+        json!({"condition": {"expression": "task.priority > 4.0 && task.title.startsWith('h')"}});
+    let app = with_gates(json!([
+        gate("task:spawn", heavy),
+        gate("task:complete", json!({"handler": "auto"})),
+    ]))
+    .await;
+    let light = app.task("light", json!({"priority": 9})).await;
+    app.until(&light, "done").await;
+    let id = app.task("heavy", json!({"priority": 9})).await;
+    waiting(&app, &id).await;
+    assert_eq!(
+        answer(app.get("/v1/approvals?status=approved")).await.1,
+        json!([])
+    );
+    assert_eq!(answer(app.get("/v1/approvals?status=perhaps")).await.0, 400);
+}
+
+#[tokio::test]
+async fn a_rejection_sends_the_task_back_with_feedback_as_often_as_the_gate_allows() {
+    let app = with_gates(json!([gate(
+        "task:complete",
+        json!({"maxRevisions": 1, "includeOutcomes": true})
+    )]))
+    .await;
+    let id = app.task("work", json!({})).await;
+    let request = waiting(&app, &id).await;
+    for body in [json!({}), json!({"feedback": " "})] {
+        assert_eq!(decide(&app, &request, "reject", body).await.0, 400);
+    }
+    let (status, rejected) = decide(
+        &app,
+        &request,
+        "reject",
+        json!({"feedback": "Shorter, please"}),
+    )
+    .await;
+    assert_eq!(status, 200, "{rejected}");
+    assert_eq!(
+        (
+            &rejected["status"],
+            &rejected["note"],
+            &rejected["resolvedBy"]
+        ),
+        (
+            &json!("rejected"),
+            &json!("Shorter, please"),
+            &json!("user")
+        )
+    );
+    eventually("it was done again", async || {
+        app.read(&id).await["result"]["stdout"]
+            .as_str()
+            .unwrap_or_default()
+            .contains("Shorter, please")
+    })
+    .await;
+    let again = waiting(&app, &id).await;
+    let task = app.read(&id).await;
+    assert_eq!(
+        (
+            &task["revisionCount"],
+            &task["originalDescription"],
+            &task["retries"]
+        ),
+        (&json!(1), &json!("Do work"), &json!(0))
+    );
+    let (status, body) = decide(&app, &again, "revise", json!({"feedback": "Once more"})).await;
+    assert_eq!((status, &body["code"]), (409, &json!("conflict")));
+    assert_eq!(app.events("approval:rejected").await.len(), 1);
+    assert_eq!(decide(&app, &again, "approve", json!({})).await.0, 200);
+    app.until(&id, "done").await;
+}
+
+#[tokio::test]
+async fn nobody_answering_counts_as_the_gate_says() {
+    for (action, hook, end) in [
+        ("approve", "task:spawn", "done"),
+        ("approve", "task:complete", "done"),
+        ("reject", "task:complete", "failed"),
+    ] {
+        let app = with_gates(json!([gate(
+            hook,
+            json!({"timeoutMs": 100, "timeoutAction": action})
+        )]))
+        .await;
+        let id = app.task("work", json!({})).await;
+        app.until(&id, end).await;
+        let request = answer(app.get(&format!("/v1/approvals?taskId={id}")))
+            .await
+            .1[0]
+            .clone();
+        assert_eq!(
+            (&request["status"], &request["resolvedBy"]),
+            (&json!("timeout"), &json!("timeout")),
+            "{action}"
+        );
+        let (_, told) = app.events("approval:timeout").await.pop().unwrap();
+        assert_eq!(
+            (&told["action"], &told["requestId"]),
+            (&json!(action), &request["id"])
+        );
+    }
+}
+
+#[tokio::test]
+async fn gates_stand_one_behind_the_other_in_their_order() {
+    let app = with_gates(json!([
+        {"id": "late", "name": "L", "handler": "human", "hook": "task:spawn"},
+        {"id": "early", "name": "E", "handler": "human", "hook": "task:spawn", "priority": 1},
+    ]))
+    .await;
+    let id = app.task("work", json!({})).await;
+    let first = waiting(&app, &id).await;
+    assert_eq!(first["gateId"], "early");
+    // A yes at one gate of a hook lets the task through (contract 2.11: it becomes `assigned`).
+    decide(&app, &first, "approve", json!({})).await;
+    app.until(&id, "done").await;
+}
+
+#[tokio::test]
+async fn a_killed_task_waits_for_nobody() {
+    let app = with_gates(json!([gate("task:spawn", json!({}))])).await;
+    let id = app.task("work", json!({})).await;
+    let request = waiting(&app, &id).await;
+    answer(app.post(&format!("/v1/tasks/{id}/kill"), json!({}))).await;
+    assert_eq!(decide(&app, &request, "approve", json!({})).await.0, 409);
+    assert_eq!(app.read(&id).await["status"], "failed");
+    for deed in ["approve", "reject"] {
+        let path = format!("/v1/approvals/apr_01a20e9a7fa5709989a9da919772fa8a/{deed}");
+        assert_eq!(
+            answer(app.post(&path, json!({"feedback": "f"}))).await.0,
+            404
+        );
+    }
+}

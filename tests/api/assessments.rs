@@ -1,0 +1,317 @@
+//! How finished work is judged (contract 2.7).
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use serde_json::{Value, json};
+
+use crate::harness::{Reply, TestApp, answer, last_text, said};
+
+/// A reviewer's answer that gives every dimension this score.
+pub(crate) fn scored(request: &Value, score: f64) -> Reply {
+    let schema = request["response_format"]["json_schema"]["schema"].clone();
+    let names = schema["properties"]["scores"]["items"]["properties"]["dimension"]["enum"].clone();
+    let scores: Vec<Value> = names
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|name| json!({"dimension": name, "score": score, "reasoning": format!("it is worth {score}")}))
+        .collect();
+    Reply::Stream(said(
+        &json!({"summary": format!("{score} in all"), "scores": scores}).to_string(),
+    ))
+}
+
+pub(crate) fn is_review(request: &Value) -> bool {
+    last_text(request, "system").starts_with("You review finished work")
+}
+
+/// A server whose reviewers give these scores, one after the other, the last for ever; 0 is a refusal.
+async fn judged_by(scores: &'static [f64]) -> (TestApp, Arc<AtomicUsize>) {
+    let app = TestApp::start_with(&["--retry-backoff-ms", "1"]).await;
+    app.agent("noor").await;
+    let reviews = Arc::new(AtomicUsize::new(0));
+    let count = reviews.clone();
+    app.upstream.answers(move |request| {
+        if !is_review(request) {
+            return Reply::Stream(said("Dark mode is new."));
+        }
+        let index = count.fetch_add(1, Ordering::SeqCst).min(scores.len() - 1);
+        if scores[index] == 0.0 {
+            Reply::Plain(
+                400,
+                vec![],
+                json!({"error": {"message": "not today"}}).to_string(),
+            )
+        } else {
+            scored(request, scores[index])
+        }
+    });
+    answer(app.patch("/v1/config", json!({"judgeModel": "openai:judge"}))).await;
+    (app, reviews)
+}
+
+fn by(criteria: &str) -> Value {
+    json!({"expectations": [{"type": "llm_review", "criteria": criteria}]})
+}
+
+#[tokio::test]
+async fn good_work_passes_three_reviewers_and_the_verdict_is_kept_whole() {
+    let (app, reviews) = judged_by(&[4.0, 5.0, 4.0]).await;
+    let id = app.task("notes", by("Is it short?")).await;
+    let task = app.until(&id, "done").await;
+    assert_eq!(reviews.load(Ordering::SeqCst), 3);
+    let verdict = &task["result"]["assessment"];
+    assert_eq!(
+        (
+            &verdict["passed"],
+            &verdict["trigger"],
+            &verdict["globalScore"],
+            &verdict["metrics"]
+        ),
+        (&json!(true), &json!("initial"), &json!(4.0), &json!([]))
+    );
+    let check = &verdict["checks"][0];
+    assert_eq!(
+        (&check["type"], &check["passed"], &check["message"]),
+        (&json!("llm_review"), &json!(true), &json!("Score 4.0/5"))
+    );
+    assert_eq!(check["reviewers"].as_array().unwrap().len(), 3);
+    let dimensions: Vec<&str> = verdict["scores"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|score| score["dimension"].as_str().unwrap())
+        .collect();
+    assert_eq!(
+        dimensions,
+        ["correctness", "completeness", "code_quality", "edge_cases"]
+    );
+    assert!(verdict["timestamp"].is_string() && verdict["llmReview"].is_string());
+
+    let review = app.upstream.asked().into_iter().find(is_review).unwrap();
+    assert_eq!(review["model"], "judge");
+    let shown = last_text(&review, "user");
+    assert!(
+        shown.contains("Dark mode is new.") && shown.contains("Do notes"),
+        "{shown}"
+    );
+    assert!(last_text(&review, "system").contains("Is it short?"));
+
+    let told: Vec<String> = app
+        .events("assessment:*")
+        .await
+        .into_iter()
+        .map(|(name, _)| name)
+        .collect();
+    assert_eq!(
+        told,
+        [
+            "assessment:started",
+            "assessment:check:started",
+            "assessment:progress",
+            "assessment:progress",
+            "assessment:progress",
+            "assessment:check:complete",
+            "assessment:completed",
+            "assessment:complete",
+        ]
+    );
+}
+
+#[tokio::test]
+async fn bad_work_is_mended_then_done_anew_then_given_up() {
+    let (app, _) = judged_by(&[2.0]).await;
+    answer(app.patch("/v1/config", json!({"maxFixAttempts": 1}))).await;
+    let mut task = by("Is it good?");
+    task["maxRetries"] = json!(1);
+    let id = app.task("notes", task).await;
+    let task = app.until(&id, "failed").await;
+    assert_eq!(
+        (
+            &task["retries"],
+            &task["result"]["assessment"]["passed"],
+            &task["result"]["reason"]
+        ),
+        (&json!(1), &json!(false), &json!("finished"))
+    );
+    let told: Vec<String> = app
+        .events("task:fix,task:retry,task:maxRetries")
+        .await
+        .into_iter()
+        .map(|(name, _)| name)
+        .collect();
+    assert_eq!(
+        told,
+        ["task:fix", "task:retry", "task:fix", "task:maxRetries"]
+    );
+    // The agent is told what was wrong, and what it had written.
+    let second = app
+        .upstream
+        .asked()
+        .into_iter()
+        .filter(|request| !is_review(request))
+        .nth(1)
+        .unwrap();
+    let system = last_text(&second, "system");
+    assert!(
+        system.contains("it is worth 2") && system.contains("<earlier-result>\nDark mode is new."),
+        "{system}"
+    );
+    assert_eq!(last_text(&second, "user"), "Do notes");
+    let triggers: Vec<&Value> = task["result"]["assessmentHistory"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|verdict| &verdict["trigger"])
+        .collect();
+    assert_eq!(
+        triggers,
+        [&json!("initial"), &json!("fix"), &json!("retry")]
+    );
+    assert_eq!(task["result"]["assessment"]["trigger"], "fix");
+}
+
+#[tokio::test]
+async fn outliers_and_reviewers_that_fail_do_not_count() {
+    for (scores, passed, reviewers) in [
+        (&[5.0, 5.0, 1.0, 1.0][..], true, 3),
+        (&[4.0, 0.0, 4.0][..], true, 2),
+        (&[0.0, 0.0, 2.0][..], false, 1),
+    ] {
+        let (app, _) = judged_by(scores).await;
+        answer(app.patch("/v1/config", json!({"maxFixAttempts": 0}))).await;
+        let mut task = by("Is it good?");
+        task["maxRetries"] = json!(0);
+        let id = app.task("notes", task).await;
+        let task = app.until(&id, if passed { "done" } else { "failed" }).await;
+        let check = &task["result"]["assessment"]["checks"][0];
+        assert_eq!(
+            check["reviewers"].as_array().unwrap().len(),
+            reviewers,
+            "{scores:?}: {check}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn when_all_reviewers_fail_they_are_asked_once_more() {
+    let (app, reviews) = judged_by(&[0.0, 0.0, 0.0, 4.0]).await;
+    let id = app.task("notes", by("Is it good?")).await;
+    app.until(&id, "done").await;
+    assert_eq!(reviews.load(Ordering::SeqCst), 6);
+
+    let (app, reviews) = judged_by(&[0.0]).await;
+    answer(app.patch("/v1/config", json!({"maxFixAttempts": 0}))).await;
+    let mut task = by("Is it good?");
+    task["maxRetries"] = json!(0);
+    let id = app.task("notes", task).await;
+    let task = app.until(&id, "failed").await;
+    assert_eq!(reviews.load(Ordering::SeqCst), 6);
+    let check = &task["result"]["assessment"]["checks"][0];
+    assert_eq!(check["message"], "All evaluators failed");
+    assert!(
+        check["details"].as_str().unwrap().contains("not today"),
+        "{check}"
+    );
+}
+
+#[tokio::test]
+async fn every_expectation_must_pass_by_its_own_dimensions_and_threshold() {
+    let (app, reviews) = judged_by(&[3.0]).await;
+    answer(app.patch("/v1/config", json!({"maxFixAttempts": 0}))).await;
+    let dimension = json!({"name": "brevity", "description": "Is it brief?", "weight": 1, "rubric": {"5": "one line"}});
+    let expectations = json!([
+        {"type": "llm_review", "dimensions": [dimension], "threshold": 3},
+        {"type": "llm_review", "criteria": "Is it good?", "threshold": 3.5},
+    ]);
+    let id = app
+        .task(
+            "notes",
+            json!({"maxRetries": 0, "expectations": expectations}),
+        )
+        .await;
+    let task = app.until(&id, "failed").await;
+    assert_eq!(reviews.load(Ordering::SeqCst), 6);
+    let checks = &task["result"]["assessment"]["checks"];
+    assert_eq!(
+        (&checks[0]["passed"], &checks[1]["passed"]),
+        (&json!(true), &json!(false))
+    );
+    assert_eq!(checks[0]["scores"][0]["dimension"], "brevity");
+    assert!(
+        app.upstream
+            .asked()
+            .iter()
+            .any(|request| last_text(request, "system").contains("5 = one line"))
+    );
+}
+
+#[tokio::test]
+async fn a_threshold_that_was_only_estimated_may_be_corrected() {
+    let (app, _) = judged_by(&[3.0]).await;
+    app.upstream.answers(|request| {
+        if is_review(request) {
+            scored(request, 3.0)
+        } else if last_text(request, "system").contains("only an estimate") {
+            Reply::Stream(said(&json!({"correct": true, "threshold": 3}).to_string()))
+        } else {
+            Reply::Stream(said("Dark mode is new."))
+        }
+    });
+    let expectation = json!({"type": "llm_review", "criteria": "Is it good?", "threshold": 4, "confidence": "estimated"});
+    let id = app
+        .task("notes", json!({"expectations": [expectation]}))
+        .await;
+    let task = app.until(&id, "done").await;
+    assert_eq!(task["expectations"][0]["threshold"], 3.0);
+    assert_eq!(task["result"]["assessment"]["trigger"], "auto-correct");
+    let (_, told) = app.events("assessment:corrected").await.pop().unwrap();
+    assert_eq!(
+        told["corrections"],
+        json!([{"index": 0, "field": "threshold", "from": 4.0, "to": 3.0}])
+    );
+    // The reviewers were not asked again.
+    assert_eq!(
+        app.upstream
+            .asked()
+            .iter()
+            .filter(|request| is_review(request))
+            .count(),
+        3
+    );
+}
+
+#[tokio::test]
+async fn finished_work_can_be_judged_again_both_ways() {
+    let (app, _) = judged_by(&[4.0, 4.0, 4.0, 2.0, 2.0, 2.0, 5.0]).await;
+    let id = app.task("notes", by("Is it good?")).await;
+    app.until(&id, "done").await;
+    let again = || app.post(&format!("/v1/tasks/{id}/reassess"), json!({}));
+    assert_eq!(answer(again()).await.1, json!({"reassessed": true}));
+    let failed = app.until(&id, "failed").await;
+    assert_eq!(
+        (
+            &failed["result"]["assessment"]["trigger"],
+            &failed["retries"]
+        ),
+        (&json!("reassess"), &json!(0))
+    );
+    assert_eq!(
+        failed["result"]["assessmentHistory"]
+            .as_array()
+            .unwrap()
+            .len(),
+        1
+    );
+    assert_eq!(answer(again()).await.0, 200);
+    let done = app.until(&id, "done").await;
+    assert_eq!(done["retries"], 1);
+    assert_eq!(
+        done["result"]["assessmentHistory"]
+            .as_array()
+            .unwrap()
+            .len(),
+        2
+    );
+}

@@ -1,0 +1,1086 @@
+//! Tasks as a caller sees them (contract 2.6).
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::StreamExt;
+use reqwest::Method;
+use serde_json::{Value, json};
+use tokio::sync::Notify;
+
+use crate::harness::{
+    Reply, TestApp, answer, called, chunk, ending, eventually, frames, last_text, results, said,
+    spoken,
+};
+
+async fn start() -> TestApp {
+    let app = TestApp::start_with(&["--retry-backoff-ms", "1"]).await;
+    app.agent("noor").await;
+    app
+}
+
+/// The statuses that a task went through, from its transitions.
+async fn way(app: &TestApp, id: &str) -> Vec<String> {
+    let told = app.events("task:transition").await;
+    told.iter()
+        .filter(|(_, payload)| payload["taskId"] == id)
+        .map(|(_, payload)| payload["to"].as_str().unwrap().to_owned())
+        .collect()
+}
+
+async fn names(app: &TestApp, filter: &str) -> Vec<String> {
+    app.events(filter)
+        .await
+        .into_iter()
+        .map(|(name, _)| name)
+        .collect()
+}
+
+#[tokio::test]
+async fn a_task_is_done_and_every_step_of_its_way_is_told() {
+    let app = start().await;
+    for (path, memory) in [
+        ("/v1/memory", "Dates are ISO"),
+        ("/v1/memory/agent/noor", "Likes tea"),
+    ] {
+        answer(
+            app.request(Method::PUT, path)
+                .json(&json!({"content": memory})),
+        )
+        .await;
+    }
+    app.upstream.will_say("Three changes.");
+    let id = app.task("Draft changelog", json!({"priority": 5})).await;
+    let task = app.until(&id, "done").await;
+    assert!(id.starts_with("task_"));
+    let result = &task["result"];
+    assert_eq!(
+        (&result["exitCode"], &result["stdout"], &result["reason"]),
+        (&json!(0), &json!("Three changes."), &json!("finished"))
+    );
+    assert!(result["duration"].is_i64() && task.get("phase").is_none());
+
+    let asked = &app.upstream.asked()[0];
+    assert_eq!(last_text(asked, "user"), "Do Draft changelog");
+    let system = last_text(asked, "system");
+    assert!(
+        system.contains("<shared-memory>\nDates are ISO")
+            && system.contains("<agent-memory>\nLikes tea"),
+        "{system}"
+    );
+    let tools: Vec<&str> = asked["tools"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|tool| tool["function"]["name"].as_str().unwrap())
+        .collect();
+    assert_eq!(
+        tools,
+        [
+            "memory_get",
+            "memory_save",
+            "memory_append",
+            "memory_update",
+            "register_outcome"
+        ]
+    );
+
+    assert_eq!(
+        names(&app, "*").await,
+        [
+            "task:created",
+            "task:transition",
+            "task:transition",
+            "agent:spawned",
+            "agent:completed",
+            "agent:finished",
+            "task:transition",
+            "task:transition",
+            "task:completed",
+        ]
+    );
+    assert_eq!(
+        way(&app, &id).await,
+        ["assigned", "in_progress", "review", "done"]
+    );
+    for (name, payload) in app.events("*").await {
+        assert_eq!(payload["taskId"], json!(id), "{name}");
+        assert!(
+            payload["timestamp"].as_str().unwrap().ends_with('Z'),
+            "{name}"
+        );
+    }
+    let (_, last) = app.events("task:transition").await.pop().unwrap();
+    assert_eq!(
+        (&last["from"], &last["agentName"], &last["task"]["status"]),
+        (&json!("review"), &json!("noor"), &json!("done"))
+    );
+}
+
+#[tokio::test]
+async fn every_field_is_kept_and_shown() {
+    let app = start().await;
+    let given = json!({
+        "title": "All", "description": "Of it", "assignTo": "noor", "draft": true, "priority": 2.5, "maxRetries": 1,
+        "sideEffects": true, "maxDuration": 60000, "group": "g", "deadline": "2099-01-01T00:00:00Z",
+        "expectations": [{"type": "llm_review", "prompt": "Is it short?", "threshold": 4}],
+        "expectedOutcomes": [{"type": "text", "label": "Notes"}],
+        "retryPolicy": {"escalateAfter": 1, "fallbackAgent": "x", "escalateModel": "echo"},
+        "notifications": {"rules": []}, "user": "u", "sandbox": {"a": 1}, "unknown": "ignored",
+    });
+    let (status, task) = answer(app.post("/v1/tasks", given.clone())).await;
+    assert_eq!(status, 201, "{task}");
+    for key in [
+        "title",
+        "description",
+        "assignTo",
+        "priority",
+        "maxRetries",
+        "sideEffects",
+        "maxDuration",
+        "group",
+        "retryPolicy",
+        "notifications",
+        "user",
+        "sandbox",
+    ] {
+        assert_eq!(task[key], given[key], "{key}");
+    }
+    assert_eq!(task["status"], "draft");
+    assert_eq!(
+        task["expectations"][0],
+        json!({"type": "llm_review", "criteria": "Is it short?", "threshold": 4.0, "confidence": "firm"})
+    );
+    assert_eq!(task["expectedOutcomes"][0]["required"], true);
+    assert_eq!(task["deadline"], "2099-01-01T00:00:00.000Z");
+    assert!(task.get("unknown").is_none() && task.get("result").is_none());
+    let id = task["id"].as_str().unwrap();
+    assert_eq!(app.read(id).await, task);
+    let change = json!({"description": "Of that", "priority": 9, "maxRetries": 2, "retries": 1, "sideEffects": false, "expectations": []});
+    let (status, changed) = answer(app.patch(&format!("/v1/tasks/{id}"), change.clone())).await;
+    assert_eq!(status, 200, "{changed}");
+    for (key, value) in change.as_object().unwrap() {
+        let shown = if key == "priority" {
+            json!(9.0)
+        } else {
+            value.clone()
+        };
+        assert_eq!(changed[key], shown, "{key}");
+    }
+    assert_eq!(names(&app, "task:updated").await.len(), 1);
+}
+
+#[tokio::test]
+async fn what_is_wrong_is_refused_with_a_sentence_and_nothing_is_stored() {
+    let app = start().await;
+    let good = json!({"title": "t", "description": "d", "assignTo": "noor"});
+    for (member, value, word) in [
+        ("title", Value::Null, "title: required"),
+        ("title", json!(" "), "title: required"),
+        ("title", json!(7), "string"),
+        ("title", json!("x".repeat(501)), "500"),
+        ("description", Value::Null, "description: required"),
+        ("assignTo", Value::Null, "assignTo: required"),
+        ("assignTo", json!("ghost"), "ghost"),
+        ("dependsOn", json!(["nothing"]), "nothing"),
+        ("dependsOn", json!("t"), "sequence"),
+        (
+            "metrics",
+            json!([{"name": "m", "command": "c", "threshold": 1}]),
+            "shell",
+        ),
+        (
+            "expectations",
+            json!([{"type": "test", "command": "true"}]),
+            "shell",
+        ),
+        (
+            "expectations",
+            json!([{"type": "file_exists", "path": "a"}]),
+            "shell",
+        ),
+        ("expectations", json!([{"type": "llm_review"}]), "criteria"),
+        ("expectations", json!({}), "list"),
+        ("expectedOutcomes", json!([{"type": "text"}]), "label"),
+        ("maxRetries", json!(-1), "u32"),
+        ("maxRetries", json!(101), "100"),
+        ("maxDuration", json!("long"), "u64"),
+        ("priority", json!("high"), "f64"),
+        ("deadline", json!("soon"), "input"),
+        ("retryPolicy", json!({"escalateAfter": -1}), "u32"),
+        ("title", json!("a\0b"), "NUL"),
+    ] {
+        let mut task = good.clone();
+        task[member] = value.clone();
+        let (status, body) = answer(app.post("/v1/tasks", task)).await;
+        assert_eq!(
+            (status.as_u16(), &body["code"]),
+            (400, &json!("bad_request")),
+            "{member} {value}: {body}"
+        );
+        assert!(
+            body["error"].as_str().unwrap().contains(word),
+            "{member}: {body}"
+        );
+    }
+    let malformed = app
+        .request(Method::POST, "/v1/tasks")
+        .header("content-type", "application/json")
+        .body("{");
+    assert_eq!(answer(malformed).await.0, 400);
+    assert_eq!(answer(app.get("/v1/tasks")).await.1, json!([]));
+    assert!(app.events("*").await.is_empty());
+
+    let id = app.task("t", json!({"draft": true})).await;
+    for (change, status) in [
+        (json!({"description": ""}), 400),
+        (json!({"assignTo": "ghost"}), 400),
+        (json!({"status": "active"}), 400),
+        (json!({"maxRetries": 101}), 400),
+        (json!({"expectations": [{"type": "vibes"}]}), 400),
+        (json!({"status": "done"}), 409),
+        (json!({"status": "in_progress"}), 409),
+        (json!({"status": "review"}), 409),
+    ] {
+        let (given, body) = answer(app.patch(&format!("/v1/tasks/{id}"), change.clone())).await;
+        assert_eq!(given, status, "{change}: {body}");
+    }
+    let untouched = app.read(&id).await;
+    assert_eq!(
+        (&untouched["status"], &untouched["description"]),
+        (&json!("draft"), &json!("Do t"))
+    );
+}
+
+#[tokio::test]
+async fn an_unknown_task_is_404_everywhere_and_a_wrong_state_409() {
+    let app = start().await;
+    let unknown = "task_01a20e9a7fa5709989a9da919772fa8a";
+    for id in [unknown, "x"] {
+        for (method, deed) in [
+            (Method::GET, ""),
+            (Method::PATCH, ""),
+            (Method::DELETE, ""),
+            (Method::GET, "/activity"),
+            (Method::POST, "/run"),
+            (Method::POST, "/execute"),
+            (Method::POST, "/pause"),
+            (Method::POST, "/kill"),
+            (Method::POST, "/retry"),
+            (Method::POST, "/reassess"),
+            (Method::POST, "/queue"),
+            (Method::POST, "/force-fail"),
+        ] {
+            let (status, body) = answer(
+                app.request(method.clone(), &format!("/v1/tasks/{id}{deed}"))
+                    .json(&json!({})),
+            )
+            .await;
+            assert_eq!(
+                (status.as_u16(), &body["code"]),
+                (404, &json!("not_found")),
+                "{method} {deed}"
+            );
+        }
+    }
+    app.upstream.will_say("Done.");
+    let done = app.task("done", json!({})).await;
+    app.until(&done, "done").await;
+    let draft = app.task("draft", json!({"draft": true})).await;
+    for (id, deed, status) in [
+        (&done, "run", 409),
+        (&done, "pause", 409),
+        (&done, "retry", 409),
+        (&done, "queue", 409),
+        (&done, "reassess", 400),
+        (&done, "kill", 200),
+        (&done, "force-fail", 200),
+        (&draft, "pause", 409),
+        (&draft, "retry", 409),
+        (&draft, "reassess", 409),
+    ] {
+        let (given, body) = answer(app.post(&format!("/v1/tasks/{id}/{deed}"), json!({}))).await;
+        assert_eq!(given, status, "{deed}: {body}");
+    }
+    assert_eq!(app.read(&done).await["status"], "done");
+}
+
+#[tokio::test]
+async fn a_title_is_taken_until_its_task_has_ended() {
+    let app = start().await;
+    let first = app.task("same", json!({"draft": true})).await;
+    let again = json!({"title": "same", "description": "d", "assignTo": "noor"});
+    let (status, body) = answer(app.post("/v1/tasks", again)).await;
+    assert_eq!((status.as_u16(), &body["code"]), (409, &json!("conflict")));
+    answer(app.post(
+        &format!("/v1/tasks/{first}/kill"),
+        json!({"reason": "not needed"}),
+    ))
+    .await;
+    let killed = app.until(&first, "failed").await;
+    assert_eq!(
+        (&killed["result"]["reason"], &killed["result"]["stderr"]),
+        (&json!("killed"), &json!("Killed: not needed"))
+    );
+    app.task("same", json!({"draft": true})).await;
+    // The first cannot come back while the second is there.
+    assert_eq!(
+        answer(app.post(&format!("/v1/tasks/{first}/retry"), json!({})))
+            .await
+            .0,
+        409
+    );
+}
+
+#[tokio::test]
+async fn tasks_are_listed_filtered_paged_and_deleted() {
+    let app = start().await;
+    let mut ids = Vec::new();
+    for number in 0..5 {
+        let group = if number < 3 { "one" } else { "two" };
+        ids.push(
+            app.task(
+                &format!("t{number}"),
+                json!({"draft": true, "group": group}),
+            )
+            .await,
+        );
+    }
+    answer(app.post(&format!("/v1/tasks/{}/kill", ids[0]), json!({}))).await;
+    let listed = async |query: &str| -> Vec<String> {
+        let body = answer(app.get(&format!("/v1/tasks{query}"))).await.1;
+        body.as_array()
+            .unwrap()
+            .iter()
+            .map(|task| task["id"].as_str().unwrap().to_owned())
+            .collect()
+    };
+    assert_eq!(listed("").await, ids);
+    assert_eq!(listed("?group=one").await, ids[..3]);
+    assert_eq!(listed("?group=one&status=draft").await, ids[1..3]);
+    assert_eq!(listed("?status=failed").await, ids[..1]);
+    assert!(listed("?assignTo=nobody").await.is_empty());
+    assert_eq!(answer(app.get("/v1/tasks?status=active")).await.0, 400);
+    let page = app.get("/v1/tasks?limit=2&group=one").send().await.unwrap();
+    let link = page.headers()["link"].to_str().unwrap().to_owned();
+    assert_eq!(
+        link,
+        format!(
+            "</v1/tasks?group=one&limit=2&after={}>; rel=\"next\"",
+            ids[1]
+        )
+    );
+    assert_eq!(
+        listed(&format!("?limit=2&group=one&after={}", ids[1])).await,
+        ids[2..3]
+    );
+
+    assert_eq!(answer(app.delete("/v1/tasks")).await.0, 400);
+    assert_eq!(
+        answer(app.delete("/v1/tasks?group=one&status=draft"))
+            .await
+            .1,
+        json!({"deleted": 2})
+    );
+    assert_eq!(
+        answer(app.delete(&format!("/v1/tasks/{}", ids[0]))).await.1,
+        json!({"removed": true})
+    );
+    assert_eq!(
+        answer(app.delete("/v1/tasks?all=true")).await.1,
+        json!({"deleted": 2})
+    );
+    assert!(listed("").await.is_empty());
+    assert_eq!(names(&app, "task:removed").await.len(), 5);
+}
+
+#[tokio::test]
+async fn an_agent_uses_its_tools_and_hands_over_outcomes() {
+    let app = start().await;
+    app.upstream.answers(|request| match results(request) {
+        0 => Reply::Stream(called(&[
+            ("c1", "memory_save", &[r#"{"content":"seen"}"#]),
+            (
+                "c2",
+                "register_outcome",
+                &[r#"{"type":"text","label":"Notes","text":"abc"}"#],
+            ),
+        ])),
+        2 => Reply::Stream(called(&[(
+            "c3",
+            "http_fetch",
+            &[r#"{"url":"http://127.0.0.1/"}"#],
+        )])),
+        _ => Reply::Stream(said("All done.")),
+    });
+    let id = app
+        .task(
+            "tools",
+            json!({"expectedOutcomes": [{"type": "text", "label": "Notes"}]}),
+        )
+        .await;
+    let task = app.until(&id, "done").await;
+    let outcome = &task["outcomes"][0];
+    assert_eq!(
+        (&outcome["label"], &outcome["text"], &outcome["producedBy"]),
+        (&json!("Notes"), &json!("abc"), &json!("register_outcome"))
+    );
+    assert!(outcome["id"].is_string() && outcome["producedAt"].is_string());
+    assert_eq!(
+        answer(app.get("/v1/memory/agent/noor")).await.1["content"],
+        "seen"
+    );
+    let asked = app.upstream.asked();
+    assert_eq!(asked.len(), 3);
+    // What it may not use is answered as an error, and it goes on.
+    assert!(last_text(&asked[2], "tool").contains("no tool `http_fetch`"));
+    let activity = answer(app.get(&format!("/v1/tasks/{id}/activity"))).await.1;
+    let entries: Vec<&str> = activity["entries"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|entry| entry["event"].as_str().unwrap())
+        .collect();
+    assert_eq!(
+        entries,
+        [
+            "assistant",
+            "tool",
+            "tool",
+            "assistant",
+            "tool",
+            "assistant"
+        ]
+    );
+    assert_eq!(activity["entries"][4]["data"]["state"], "error");
+    assert_eq!(names(&app, "agent:activity").await.len(), 3);
+}
+
+#[tokio::test]
+async fn a_required_outcome_that_is_missing_is_asked_for_again() {
+    let app = start().await;
+    app.upstream.answers(|request| {
+        let told = last_text(request, "system").contains("\"Notes\".");
+        if told && results(request) == 0 {
+            Reply::Stream(called(&[(
+                "c1",
+                "register_outcome",
+                &[r#"{"type":"text","label":"Notes","text":"abc"}"#],
+            )]))
+        } else {
+            Reply::Stream(said("Here."))
+        }
+    });
+    let id = app
+        .task(
+            "notes",
+            json!({"expectedOutcomes": [{"type": "text", "label": "Notes"}]}),
+        )
+        .await;
+    let task = app.until(&id, "done").await;
+    assert_eq!(
+        (&task["fixAttempts"], &task["retries"]),
+        (&json!(1), &json!(0))
+    );
+    assert_eq!(names(&app, "task:fix").await.len(), 1);
+}
+
+#[tokio::test]
+async fn the_words_of_a_run_are_streamed_as_they_come_to_every_listener_of_every_process() {
+    let app = start().await;
+    let elsewhere = app.another_process().await;
+    let go_on = Arc::new(Notify::new());
+    let mut before = vec![chunk(
+        &json!({"role": "assistant", "content": "Good "}),
+        None,
+    )];
+    before.push(chunk(&json!({"content": "morning"}), None));
+    let mut after = vec![chunk(&json!({"content": " all"}), None)];
+    after.extend(ending("stop"));
+    app.upstream
+        .will(Reply::Pause(before, go_on.clone(), after));
+    let id = app.task("talk", json!({"draft": true})).await;
+    let listen = async |url: &str, deed: &str| {
+        let request = app
+            .client
+            .post(format!("{url}/v1/tasks/{id}/{deed}"))
+            .bearer_auth(&app.live)
+            .json(&json!({"stream": true}));
+        let response = request.send().await.unwrap();
+        assert_eq!(response.status(), 200);
+        assert!(
+            response.headers()["content-type"]
+                .to_str()
+                .unwrap()
+                .starts_with("text/event-stream")
+        );
+        let mut body = response.bytes_stream();
+        let mut text = String::new();
+        while !text.contains("morning") {
+            text += std::str::from_utf8(&body.next().await.unwrap().unwrap()).unwrap();
+        }
+        (text, body)
+    };
+    // The model is still speaking: a listener here, one in another process, and one that leaves.
+    let (mut here, mut rest_here) = listen(&app.url, "run").await;
+    let (mut there, mut rest_there) = listen(&elsewhere, "execute").await;
+    drop(listen(&app.url, "run").await);
+    assert_eq!(app.read(&id).await["status"], "in_progress");
+    go_on.notify_waiters();
+    while let Some(piece) = rest_here.next().await {
+        here += std::str::from_utf8(&piece.unwrap()).unwrap();
+    }
+    while let Some(piece) = rest_there.next().await {
+        there += std::str::from_utf8(&piece.unwrap()).unwrap();
+    }
+    for text in [here, there] {
+        let frames = frames(&text);
+        assert_eq!(spoken(&frames), "Good morning all");
+        let last = frames.last().unwrap();
+        assert_eq!(
+            (
+                &last["choices"][0]["finish_reason"],
+                &last["task"]["status"]
+            ),
+            (&json!("stop"), &json!("done"))
+        );
+        for frame in &frames {
+            assert_eq!(
+                (&frame["object"], &frame["task"]["id"]),
+                (&json!("chat.completion.chunk"), &json!(id))
+            );
+        }
+    }
+    assert_eq!(app.read(&id).await["status"], "done");
+    assert_eq!(app.upstream.asked().len(), 1);
+}
+
+#[tokio::test]
+async fn killing_pausing_and_deleting_stop_the_model_and_nothing_of_it_counts() {
+    let app = start().await;
+    let speaking = || Reply::Hang(vec![chunk(&json!({"content": "so far"}), None)]);
+    for deed in ["kill", "force-fail", "pause", "delete"] {
+        app.upstream.will(speaking());
+        let asked = app.upstream.asked().len();
+        let id = app.task(deed, json!({})).await;
+        eventually("the model is asked", async || {
+            app.upstream.asked().len() > asked
+        })
+        .await;
+        let (status, _) = if deed == "delete" {
+            answer(app.delete(&format!("/v1/tasks/{id}"))).await
+        } else {
+            answer(app.post(&format!("/v1/tasks/{id}/{deed}"), json!({}))).await
+        };
+        assert_eq!(status, 200, "{deed}");
+        eventually("the model is left", async || app.upstream.was_left()).await;
+        if deed == "pause" {
+            let paused = app.read(&id).await;
+            assert_eq!(
+                (&paused["status"], &paused["held"]),
+                (&json!("pending"), &json!(true))
+            );
+            app.upstream.will_say("Now.");
+            let (status, _) = answer(app.post(&format!("/v1/tasks/{id}/run"), json!({}))).await;
+            assert_eq!(status, 200);
+            assert_eq!(app.until(&id, "done").await["result"]["stdout"], "Now.");
+        } else if deed != "delete" {
+            let failed = app.read(&id).await;
+            assert_eq!(
+                (
+                    &failed["status"],
+                    &failed["result"]["reason"],
+                    &failed["retries"]
+                ),
+                (&json!("failed"), &json!("killed"), &json!(0))
+            );
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_failing_provider_is_tried_again_and_its_cause_is_told() {
+    let app = start().await;
+    let refusal = || {
+        Reply::Plain(
+            400,
+            vec![],
+            json!({"error": {"message": "no such model"}}).to_string(),
+        )
+    };
+    app.upstream.answers(move |_| refusal());
+    let id = app.task("hopeless", json!({"maxRetries": 2})).await;
+    let task = app.until(&id, "failed").await;
+    assert_eq!(task["retries"], 2);
+    assert_eq!(
+        (&task["result"]["reason"], &task["result"]["exitCode"]),
+        (&json!("error"), &json!(1))
+    );
+    assert!(
+        task["result"]["cause"]
+            .as_str()
+            .unwrap()
+            .contains("no such model"),
+        "{task}"
+    );
+    let retries: Vec<Value> = app
+        .events("task:retry")
+        .await
+        .into_iter()
+        .map(|(_, payload)| payload["attempt"].clone())
+        .collect();
+    assert_eq!(retries, [json!(1), json!(2)]);
+    assert_eq!(names(&app, "task:maxRetries").await.len(), 1);
+    // Between two attempts it is pending; it fails once.
+    assert_eq!(
+        way(&app, &id)
+            .await
+            .iter()
+            .filter(|to| *to == "failed")
+            .count(),
+        1
+    );
+    app.upstream.will_say("Better.");
+    assert_eq!(
+        answer(app.post(&format!("/v1/tasks/{id}/retry"), json!({})))
+            .await
+            .1,
+        json!({"retried": true})
+    );
+    assert_eq!(app.until(&id, "done").await["retries"], 3);
+}
+
+#[tokio::test]
+async fn a_task_without_an_agent_or_a_model_fails_at_once() {
+    let app = start().await;
+    let (status, body) =
+        answer(app.post("/v1/agents", json!({"name": "poor", "model": "groq:llama"}))).await;
+    assert_eq!(status, 201, "{body}");
+    let task = json!({"title": "t", "description": "d", "assignTo": "poor"});
+    let id = answer(app.post("/v1/tasks", task)).await.1["id"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    let failed = app.until(&id, "failed").await;
+    assert!(
+        failed["result"]["cause"]
+            .as_str()
+            .unwrap()
+            .contains("no key for groq"),
+        "{failed}"
+    );
+    assert_eq!(failed["retries"], 0);
+    // An agent with unfinished tasks stays.
+    let draft = app.task("waits", json!({"draft": true})).await;
+    let (status, body) = answer(app.delete("/v1/agents/noor")).await;
+    assert_eq!(status, 409, "{body}");
+    answer(app.delete(&format!("/v1/tasks/{draft}"))).await;
+    assert_eq!(answer(app.delete("/v1/agents/noor")).await.0, 200);
+}
+
+#[tokio::test]
+async fn a_limit_is_never_a_silent_done() {
+    let app = start().await;
+    answer(app.patch("/v1/agents/noor", json!({"maxTurns": 3}))).await;
+    let call = || Reply::Stream(called(&[("c", "memory_get", &["{}"])]));
+    app.upstream.answers(move |_| call());
+    let id = app.task("endless", json!({"maxRetries": 0})).await;
+    assert_eq!(
+        app.until(&id, "failed").await["result"]["reason"],
+        "max_turns"
+    );
+    assert_eq!(app.upstream.asked().len(), 3);
+
+    app.upstream.will(Reply::Hang(vec![chunk(
+        &json!({"content": "so far"}),
+        None,
+    )]));
+    let id = app
+        .task("slow", json!({"maxRetries": 0, "maxDuration": 100}))
+        .await;
+    assert_eq!(
+        app.until(&id, "failed").await["result"]["reason"],
+        "timeout"
+    );
+    let (_, told) = app.events("task:timeout").await.pop().unwrap();
+    assert_eq!(told["timeout"], 100);
+
+    let mut cut = vec![chunk(&json!({"content": "half an ans"}), None)];
+    cut.extend(ending("length"));
+    app.upstream.will(Reply::Stream(cut));
+    let id = app.task("long", json!({"maxRetries": 0})).await;
+    let failed = app.until(&id, "failed").await;
+    assert_eq!(
+        (&failed["result"]["reason"], &failed["result"]["stdout"]),
+        (&json!("error"), &json!("half an ans"))
+    );
+}
+
+#[tokio::test]
+async fn a_silent_run_is_warned_of_and_then_stopped() {
+    let app = start().await;
+    answer(app.patch("/v1/config", json!({"staleThreshold": 100}))).await;
+    app.upstream.will(Reply::Hang(vec![]));
+    let id = app.task("silent", json!({"maxRetries": 0})).await;
+    app.until(&id, "failed").await;
+    let actions: Vec<Value> = app
+        .events("agent:stale")
+        .await
+        .into_iter()
+        .map(|(_, payload)| payload["action"].clone())
+        .collect();
+    assert_eq!(actions, [json!("warning"), json!("killed")]);
+}
+
+#[tokio::test]
+async fn an_escalated_attempt_goes_to_another_agent_with_another_model() {
+    let app = start().await;
+    app.agent("boss").await;
+    answer(app.patch("/v1/agents/noor", json!({"reportsTo": "boss"}))).await;
+    app.upstream.answers(|request| {
+        if request["model"] == "better" {
+            Reply::Stream(said("Solved."))
+        } else {
+            Reply::Plain(400, vec![], "{}".to_owned())
+        }
+    });
+    let policy = json!({"escalateAfter": 2, "escalateModel": "openai:better"});
+    let id = app.task("hard", json!({"retryPolicy": policy})).await;
+    let task = app.until(&id, "done").await;
+    assert_eq!(
+        (&task["assignTo"], &task["retries"]),
+        (&json!("boss"), &json!(2))
+    );
+}
+
+#[tokio::test]
+async fn work_on_the_outside_world_waits_for_a_yes_and_is_never_repeated_by_itself() {
+    let app = start().await;
+    app.upstream.will_say("Published.");
+    let id = app.task("publish", json!({"sideEffects": true})).await;
+    app.until(&id, "awaiting_approval").await;
+    let request = answer(app.get(&format!("/v1/approvals?taskId={id}")))
+        .await
+        .1[0]
+        .clone();
+    assert_eq!(
+        (&request["gateId"], &request["status"]),
+        (&json!("side-effects"), &json!("pending"))
+    );
+    let approve = format!("/v1/approvals/{}/approve", request["id"].as_str().unwrap());
+    assert_eq!(answer(app.post(&approve, json!({}))).await.0, 200);
+    assert_eq!(
+        app.until(&id, "done").await["result"]["stdout"],
+        "Published."
+    );
+
+    app.upstream
+        .will(Reply::Plain(400, vec![], "{}".to_owned()));
+    let id = app.task("again", json!({"sideEffects": true})).await;
+    let task = app.until(&id, "awaiting_approval").await;
+    assert_eq!(task["retries"], 0);
+    assert!(
+        task["description"]
+            .as_str()
+            .unwrap()
+            .contains("Do not repeat"),
+        "{task}"
+    );
+    assert_eq!(task["originalDescription"], "Do again");
+    assert_eq!(names(&app, "task:retry:blocked").await.len(), 1);
+    // A yes to a blocked retry is another attempt.
+    app.upstream.will_say("Published now.");
+    let request = answer(app.get(&format!("/v1/approvals?taskId={id}")))
+        .await
+        .1[0]["id"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    answer(app.post(&format!("/v1/approvals/{request}/approve"), json!({}))).await;
+    eventually("it waits again", async || {
+        app.read(&id).await["result"]["stdout"] == "Published now."
+    })
+    .await;
+    assert_eq!(app.read(&id).await["status"], "awaiting_approval");
+}
+
+#[tokio::test]
+async fn a_diamond_of_tasks_runs_in_order_by_id_and_by_title() {
+    let app = start().await;
+    app.upstream
+        .answers(|request| Reply::Stream(said(&last_text(request, "user"))));
+    let top = app.task("top", json!({"draft": true})).await;
+    let left = app.task("left", json!({"dependsOn": [top]})).await;
+    let right = app.task("right", json!({"dependsOn": ["top"]})).await;
+    let bottom = app
+        .task("bottom", json!({"dependsOn": ["left", right]}))
+        .await;
+    assert_eq!(app.read(&left).await["status"], "pending");
+    answer(app.post(&format!("/v1/tasks/{top}/queue"), json!({}))).await;
+    app.until(&bottom, "done").await;
+    let asked: Vec<String> = app
+        .upstream
+        .asked()
+        .iter()
+        .map(|request| last_text(request, "user"))
+        .collect();
+    assert_eq!(
+        (asked[0].as_str(), asked[3].as_str()),
+        ("Do top", "Do bottom")
+    );
+    assert_eq!(asked.len(), 4);
+}
+
+#[tokio::test]
+async fn what_needs_a_failed_task_gets_a_verdict() {
+    for (verdict, expected) in [
+        (
+            json!({"action": "absorb", "reason": "r", "description": "Do it alone"}).to_string(),
+            "done",
+        ),
+        (
+            json!({"action": "retry", "reason": "r", "description": ""}).to_string(),
+            "done",
+        ),
+        (
+            json!({"action": "fail", "reason": "no use", "description": ""}).to_string(),
+            "failed",
+        ),
+        ("Hm.".to_owned(), "failed"),
+    ] {
+        let app = start().await;
+        answer(app.patch("/v1/config", json!({"orchestratorModel": "openai:decider"}))).await;
+        let given = verdict.clone();
+        app.upstream.answers(move |request| {
+            if request["model"] == "decider" {
+                Reply::Stream(said(&given))
+            } else {
+                Reply::Stream(said("Done."))
+            }
+        });
+        let first = app.task("first", json!({"draft": true})).await;
+        let second = app.task("second", json!({"dependsOn": [first]})).await;
+        answer(app.post(&format!("/v1/tasks/{first}/kill"), json!({}))).await;
+        let task = app.until(&second, expected).await;
+        let told = names(&app, "deadlock:*").await;
+        assert!(told.contains(&"deadlock:detected".to_owned()), "{told:?}");
+        if verdict.contains("absorb") {
+            assert_eq!(task["description"], "Do it alone");
+        }
+        if expected == "failed" {
+            assert!(
+                told.contains(&"deadlock:unresolvable".to_owned()),
+                "{told:?}"
+            );
+        }
+    }
+    // What it needs is gone.
+    let app = start().await;
+    let first = app.task("first", json!({"draft": true})).await;
+    let second = app.task("second", json!({"dependsOn": ["first"]})).await;
+    answer(app.delete(&format!("/v1/tasks/{first}"))).await;
+    let failed = app.until(&second, "failed").await;
+    assert!(
+        failed["result"]["cause"]
+            .as_str()
+            .unwrap()
+            .contains("not there"),
+        "{failed}"
+    );
+}
+
+#[tokio::test]
+async fn an_agent_that_asks_instead_of_working_is_answered() {
+    let app = start().await;
+    answer(app.patch("/v1/config", json!({"orchestratorModel": "openai:decider"}))).await;
+    app.upstream.answers(|request| {
+        if request["model"] == "decider" {
+            let asked = last_text(request, "user").contains("<text>\nWhich colour?");
+            Reply::Stream(said(
+                &json!({"question": asked, "answer": "Blue."}).to_string(),
+            ))
+        } else if last_text(request, "user").contains("Blue.") {
+            Reply::Stream(said("It is blue. Nice, isn't it?"))
+        } else {
+            Reply::Stream(said("Which colour?"))
+        }
+    });
+    let id = app.task("paint", json!({})).await;
+    let task = app.until(&id, "done").await;
+    assert_eq!(
+        (
+            &task["questionRounds"],
+            &task["retries"],
+            &task["originalDescription"]
+        ),
+        (&json!(1), &json!(0), &json!("Do paint"))
+    );
+    let (_, told) = app.events("task:answered").await.pop().unwrap();
+    assert_eq!(
+        (&told["question"], &told["answer"]),
+        (&json!("Which colour?"), &json!("Blue."))
+    );
+    assert_eq!(names(&app, "task:question").await.len(), 1);
+}
+
+#[tokio::test]
+async fn a_deadline_warns_is_violated_and_is_met() {
+    let app = start().await;
+    let soon = || (chrono::Utc::now() + Duration::from_millis(600)).to_rfc3339();
+    app.upstream.will(Reply::Hang(vec![]));
+    let late = app
+        .task("late", json!({"deadline": soon(), "maxRetries": 0}))
+        .await;
+    eventually("it is violated", async || {
+        names(&app, "sla:*").await == ["sla:warning", "sla:violated"]
+    })
+    .await;
+    assert_eq!(app.read(&late).await["status"], "in_progress");
+    let (_, told) = app.events("sla:violated").await.pop().unwrap();
+    assert_eq!(
+        (&told["entityId"], &told["entityType"]),
+        (&json!(late), &json!("task"))
+    );
+    answer(app.post(&format!("/v1/tasks/{late}/kill"), json!({}))).await;
+
+    answer(app.patch("/v1/config", json!({"violationAction": "fail"}))).await;
+    app.upstream.will(Reply::Hang(vec![]));
+    let failing = app.task("failing", json!({"deadline": soon()})).await;
+    assert_eq!(
+        app.until(&failing, "failed").await["result"]["reason"],
+        "deadline"
+    );
+
+    app.upstream.will_say("In time.");
+    let met = app
+        .task("met", json!({"deadline": "2099-01-01T00:00:00Z"}))
+        .await;
+    app.until(&met, "done").await;
+    assert_eq!(names(&app, "sla:met").await.len(), 1);
+}
+
+#[tokio::test]
+async fn a_project_escalates_to_a_rewriter_to_another_agent_and_to_a_person() {
+    let app = start().await;
+    app.agent("boss").await;
+    let levels = json!([
+        {"level": 1, "handler": "agent", "target": "boss"},
+        {"level": 2, "handler": "orchestrator"},
+        {"level": 3, "handler": "agent", "target": "boss"},
+        {"level": 4, "handler": "human"},
+    ]);
+    let settings = json!({"escalationPolicy": {"name": "p", "levels": levels}, "orchestratorModel": "openai:decider"});
+    assert_eq!(answer(app.patch("/v1/config", settings)).await.0, 200);
+    app.upstream.answers(|request| {
+        if request["model"] == "decider" {
+            Reply::Stream(said(
+                &json!({"description": "Do it again, but slowly this time."}).to_string(),
+            ))
+        } else {
+            Reply::Plain(400, vec![], "{}".to_owned())
+        }
+    });
+    let id = app.task("hard", json!({"maxRetries": 0})).await;
+    let task = app.until(&id, "awaiting_approval").await;
+    assert!(
+        task["description"]
+            .as_str()
+            .unwrap()
+            .starts_with("[Escalation: Reformulated by orchestrator]"),
+        "{task}"
+    );
+    assert_eq!(task["assignTo"], "boss");
+    let reached: Vec<Value> = app
+        .events("escalation:triggered")
+        .await
+        .into_iter()
+        .map(|(_, payload)| payload["level"].clone())
+        .collect();
+    assert_eq!(reached, [json!(2), json!(3), json!(4)]);
+    assert_eq!(names(&app, "escalation:human").await.len(), 1);
+    let request = answer(app.get(&format!("/v1/approvals?taskId={id}")))
+        .await
+        .1[0]
+        .clone();
+    assert_eq!(request["gateId"], "escalation");
+    app.upstream.will_say("With help.");
+    answer(app.post(
+        &format!("/v1/approvals/{}/approve", request["id"].as_str().unwrap()),
+        json!({}),
+    ))
+    .await;
+    app.until(&id, "done").await;
+}
+
+#[tokio::test]
+async fn a_conversation_that_outgrows_the_model_is_shortened_visibly() {
+    let app = start().await;
+    answer(app.patch("/v1/agents/noor", json!({"contextWindow": 4000}))).await;
+    answer(
+        app.request(Method::PUT, "/v1/memory/agent/noor")
+            .json(&json!({"content": "x".repeat(2000)})),
+    )
+    .await;
+    app.upstream.answers(|request| {
+        if last_text(request, "system").contains("keep the memory of an agent") {
+            Reply::Stream(said("It read its memory often."))
+        } else if results(request) < 8 && !request.to_string().contains("was summarized") {
+            Reply::Stream(called(&[("c", "memory_get", &["{}"])]))
+        } else {
+            Reply::Stream(said("Read."))
+        }
+    });
+    let id = app.task("read", json!({})).await;
+    app.until(&id, "done").await;
+    let activity = answer(app.get(&format!("/v1/tasks/{id}/activity"))).await.1;
+    let compactions: Vec<&Value> = activity["entries"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|entry| entry["event"] == "compaction")
+        .collect();
+    assert!(!compactions.is_empty(), "{activity}");
+    for compaction in compactions {
+        let (before, after) = (
+            compaction["data"]["tokensBefore"].as_u64().unwrap(),
+            compaction["data"]["tokensAfter"].as_u64().unwrap(),
+        );
+        assert!(after < before, "{compaction}");
+    }
+    assert!(
+        app.upstream
+            .asked()
+            .iter()
+            .any(|request| request.to_string().contains("taken out to save space"))
+    );
+}
+
+#[tokio::test]
+async fn processes_show_what_agents_are_at_and_hide_secrets() {
+    let app = start().await;
+    answer(app.patch("/v1/agents/noor", json!({"allowedTools": ["*"]}))).await;
+    let arguments = r#"{"url":"http://127.0.0.1:9/","headers":{"Authorization":"Bearer hush"}}"#;
+    app.upstream
+        .will(Reply::Stream(called(&[("c", "http_fetch", &[arguments])])));
+    app.upstream.will(Reply::Hang(vec![]));
+    let id = app.task("fetch", json!({})).await;
+    eventually("a tool was used", async || {
+        answer(app.get("/v1/agents/processes")).await.1[0]["activity"]["lastTool"] == "http_fetch"
+    })
+    .await;
+    let process = answer(app.get("/v1/agents/processes")).await.1[0].clone();
+    assert_eq!(
+        (&process["agentName"], &process["taskId"], &process["alive"]),
+        (&json!("noor"), &json!(id), &json!(true))
+    );
+    let entries = answer(app.get(&format!("/v1/agents/processes/{id}/activity")))
+        .await
+        .1
+        .to_string();
+    assert!(
+        entries.contains("REDACTED") && !entries.contains("hush"),
+        "{entries}"
+    );
+    answer(app.post(&format!("/v1/tasks/{id}/kill"), json!({}))).await;
+    assert_eq!(answer(app.get("/v1/agents/processes")).await.1, json!([]));
+}
