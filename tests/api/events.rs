@@ -1,1 +1,326 @@
-//! To come.
+//! The event stream (contract 2.9).
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use futures::StreamExt;
+use polpo::store::World;
+use reqwest::Method;
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+
+use crate::harness::{TestApp, answer, eventually};
+
+/// One frame: its id, its name, its data.
+type Frame = (String, String, String);
+
+/// A reader of a stream.
+struct Reader {
+    body: futures::stream::BoxStream<'static, Option<Vec<u8>>>,
+    text: String,
+    ended: bool,
+}
+
+impl Reader {
+    async fn open(app: &TestApp, url: &str, query: &str, last: Option<&str>) -> Self {
+        let mut request = app
+            .client
+            .get(format!("{url}/v1/events{query}"))
+            .bearer_auth(&app.live);
+        if let Some(last) = last {
+            request = request.header("last-event-id", last);
+        }
+        let response = request.send().await.unwrap();
+        assert_eq!(response.status(), 200);
+        let body = response
+            .bytes_stream()
+            .map(|piece| piece.ok().map(|piece| piece.to_vec()))
+            .boxed();
+        let mut reader = Self {
+            body,
+            text: String::new(),
+            ended: false,
+        };
+        // What happens after this is heard live.
+        assert!(reader.block().await.starts_with(": connected"));
+        reader
+    }
+
+    /// The next block of lines, comments and heartbeats too.
+    async fn block(&mut self) -> String {
+        loop {
+            if let Some(end) = self.text.find("\n\n") {
+                return self.text.drain(..end + 2).collect();
+            }
+            let piece = tokio::time::timeout(Duration::from_secs(10), self.body.next())
+                .await
+                .expect("the stream is silent");
+            match piece.flatten() {
+                Some(piece) => self.text += std::str::from_utf8(&piece).unwrap(),
+                None => {
+                    self.ended = true;
+                    return String::new();
+                }
+            }
+        }
+    }
+
+    async fn frame(&mut self) -> Frame {
+        loop {
+            let block = self.block().await;
+            assert!(!self.ended, "the stream ended");
+            let line = |key: &str| {
+                block
+                    .lines()
+                    .find_map(|line| line.strip_prefix(key))
+                    .unwrap_or_default()
+                    .to_owned()
+            };
+            if block.contains("\nid: ") {
+                return (line("id: "), line("event: "), line("data: "));
+            }
+        }
+    }
+}
+
+fn number(id: &str) -> i64 {
+    id.strip_prefix("evt_").unwrap().parse().unwrap()
+}
+
+async fn write(app: &TestApp, url: &str, title: &str) {
+    let task = json!({"title": title, "description": "d", "assignTo": "noor", "draft": true});
+    let (status, body) = answer(
+        app.client
+            .post(format!("{url}/v1/tasks"))
+            .bearer_auth(&app.live)
+            .json(&task),
+    )
+    .await;
+    assert_eq!(status, 201, "{body}");
+}
+
+#[tokio::test]
+async fn a_frame_has_a_name_data_with_a_time_and_an_id() {
+    let app = TestApp::start().await;
+    app.agent("noor").await;
+    let mut reader = Reader::open(&app, &app.url, "", None).await;
+    write(&app, &app.url, "one").await;
+    let (id, name, data) = reader.frame().await;
+    assert_eq!((id.as_str(), name.as_str()), ("evt_00001", "task:created"));
+    let data: Value = serde_json::from_str(&data).unwrap();
+    assert!(data["timestamp"].as_str().unwrap().ends_with('Z'));
+    assert_eq!(data["task"]["title"], "one");
+    let mut aliased = Reader::open(&app, &app.url, "/stream?lastEventId=evt_00000", None).await;
+    assert_eq!(aliased.frame().await.0, "evt_00001");
+}
+
+#[tokio::test]
+async fn readers_that_come_and_go_see_each_event_once_and_in_order() {
+    let app = Arc::new(TestApp::start().await);
+    app.agent("noor").await;
+    let elsewhere = app.another_process().await;
+    let (writers, each) = (8, 40);
+    let whole: i64 = writers * each;
+    let mut tasks = Vec::new();
+    for writer in 0..writers {
+        let (app, elsewhere) = (app.clone(), elsewhere.clone());
+        tasks.push(tokio::spawn(async move {
+            let url = if writer % 2 == 0 {
+                app.url.clone()
+            } else {
+                elsewhere
+            };
+            for event in 0..each {
+                write(&app, &url, &format!("{writer} {event}")).await;
+            }
+        }));
+    }
+    for reader in 0..6_i64 {
+        let (app, elsewhere) = (app.clone(), elsewhere.clone());
+        tasks.push(tokio::spawn(async move {
+            let mut seen: Vec<i64> = Vec::new();
+            // Each leaves after another number of events, and comes back in another way to another process.
+            let mut patience = 3 + reader * 7;
+            while seen.len() < usize::try_from(whole).unwrap() {
+                let last = format!("evt_{:05}", seen.last().unwrap_or(&0));
+                let url = if patience % 2 == 0 {
+                    &app.url
+                } else {
+                    &elsewhere
+                };
+                let mut stream = match patience % 3 {
+                    0 => Reader::open(&app, url, "", Some(&last)).await,
+                    1 => Reader::open(&app, url, &format!("?lastEventId={last}"), None).await,
+                    _ => Reader::open(&app, url, &format!("?after={last}"), None).await,
+                };
+                for _ in 0..patience {
+                    if seen.len() == usize::try_from(whole).unwrap() {
+                        break;
+                    }
+                    seen.push(number(&stream.frame().await.0));
+                }
+                patience = (patience * 5 + 3) % 61 + 1;
+            }
+            assert_eq!(seen, (1..=whole).collect::<Vec<_>>());
+        }));
+    }
+    for task in tasks {
+        task.await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn filters_hold_for_what_was_and_for_what_comes() {
+    let app = TestApp::start().await;
+    app.agent("noor").await;
+    write(&app, &app.url, "one").await;
+    answer(app.delete("/v1/tasks?all=true")).await;
+    let mut removed = Reader::open(&app, &app.url, "?filter=task:removed", Some("evt_0")).await;
+    let mut all = Reader::open(
+        &app,
+        &app.url,
+        "?filter=%20agent:*%20,%20task:*",
+        Some("evt_0"),
+    )
+    .await;
+    write(&app, &app.url, "two").await;
+    answer(app.delete("/v1/tasks?all=true")).await;
+    assert_eq!(
+        (removed.frame().await.0, removed.frame().await.0),
+        ("evt_00002".to_owned(), "evt_00004".to_owned())
+    );
+    for expected in 1..=4 {
+        assert_eq!(number(&all.frame().await.0), expected);
+    }
+}
+
+#[tokio::test]
+async fn a_silent_stream_beats_and_a_stopping_server_says_where_to_go_on() {
+    let app = TestApp::start_with(&["--heartbeat-ms", "50"]).await;
+    let mut reader = Reader::open(&app, &app.url, "", None).await;
+    assert_eq!(reader.block().await, "event: heartbeat\ndata: \n\n");
+    app.stop.cancel();
+    let mut last = String::new();
+    while !reader.ended {
+        let block = reader.block().await;
+        if !block.is_empty() {
+            last = block;
+        }
+    }
+    assert_eq!(
+        last,
+        ": closed: the server is stopping; go on with Last-Event-ID: evt_00000\n\n"
+    );
+}
+
+#[tokio::test]
+async fn an_id_that_is_none_is_400_and_one_that_is_pruned_410() {
+    let app = TestApp::start().await;
+    app.agent("noor").await;
+    for title in ["one", "two", "three"] {
+        write(&app, &app.url, title).await;
+    }
+    for id in ["evt_00004", "evt_x", "msg_1", "-1", "evt_-1"] {
+        let request = app.get("/v1/events").header("last-event-id", id);
+        assert_eq!(answer(request).await.0, 400, "{id}");
+    }
+    let now = chrono::Utc::now();
+    assert_eq!(app.app.db.prune_events(World::Live, now).await.unwrap(), 3);
+    write(&app, &app.url, "four").await;
+    for id in ["evt_00000", "evt_00002"] {
+        let (status, body) = answer(app.get("/v1/events").header("last-event-id", id)).await;
+        assert_eq!((status.as_u16(), &body["code"]), (410, &json!("not_found")));
+        assert!(
+            body["error"].as_str().unwrap().contains("evt_00003"),
+            "{body}"
+        );
+    }
+    let mut reader = Reader::open(&app, &app.url, "", Some("evt_00003")).await;
+    assert_eq!(reader.frame().await.0, "evt_00004");
+}
+
+#[tokio::test]
+async fn nobody_else_hears_anything() {
+    let app = TestApp::start().await;
+    app.agent("noor").await;
+    let organization = app
+        .app
+        .db
+        .create_organization("Other", "other")
+        .await
+        .unwrap();
+    let other = app
+        .app
+        .db
+        .create_project(organization.id, "Other", "other")
+        .await
+        .unwrap()
+        .id;
+    let (_, stranger) = app.app.issue_key(other, "s", World::Live).await.unwrap();
+    let heard = Arc::new(AtomicBool::new(false));
+    let done = CancellationToken::new();
+    for key in [&stranger, &app.test] {
+        let response = app
+            .client
+            .get(format!("{}/v1/events", app.url))
+            .bearer_auth(key)
+            .send()
+            .await
+            .unwrap();
+        let (heard, done) = (heard.clone(), done.clone());
+        let mut body = response.bytes_stream();
+        assert!(
+            body.next()
+                .await
+                .unwrap()
+                .unwrap()
+                .starts_with(b": connected")
+        );
+        tokio::spawn(async move {
+            tokio::select! {
+                _ = body.next() => heard.store(true, Ordering::SeqCst),
+                () = done.cancelled() => {}
+            }
+        });
+        let request = app
+            .client
+            .get(format!("{}/v1/events", app.url))
+            .bearer_auth(key)
+            .header("last-event-id", "evt_00001");
+        assert_eq!(answer(request).await.0, 400);
+    }
+    let mut own = Reader::open(&app, &app.url, "", None).await;
+    write(&app, &app.url, "secret").await;
+    own.frame().await;
+    assert!(!heard.load(Ordering::SeqCst));
+    done.cancel();
+    let closed = app
+        .client
+        .request(Method::GET, format!("{}/v1/events", app.url));
+    assert_eq!(answer(closed).await.0, 401);
+}
+
+#[tokio::test]
+async fn a_reader_that_takes_nothing_holds_nobody_up_and_is_told_everything_or_where_to_go_on() {
+    let app = TestApp::start().await;
+    app.agent("noor").await;
+    let mut stuck = Reader::open(&app, &app.url, "", None).await;
+    let mut quick = Reader::open(&app, &app.url, "", None).await;
+    let description = "x".repeat(20_000);
+    for event in 0..600 {
+        let task = json!({"title": format!("{event}"), "description": description, "assignTo": "noor", "draft": true});
+        answer(app.post("/v1/tasks", task)).await;
+        assert_eq!(number(&quick.frame().await.0), event + 1);
+    }
+    // It fell behind the feed, so it reads the log: nothing was kept for it, and nothing is missing.
+    for event in 0..600 {
+        assert_eq!(number(&stuck.frame().await.0), event + 1);
+    }
+    eventually("it is live again", async || {
+        write(&app, &app.url, "after").await;
+        true
+    })
+    .await;
+    assert_eq!(number(&stuck.frame().await.0), 601);
+}

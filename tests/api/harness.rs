@@ -375,6 +375,8 @@ pub(crate) async fn eventually<F: Future<Output = bool>>(what: &str, mut check: 
 pub(crate) enum Reply {
     /// An event stream of these bytes, in these pieces, then a proper end.
     Stream(Vec<Bytes>),
+    /// The same, after a while.
+    Slow(Duration, Vec<Bytes>),
     /// The same, then silence.
     Hang(Vec<Bytes>),
     /// The same, then silence until this is notified, then these.
@@ -503,6 +505,14 @@ async fn play(State(upstream): State<Upstream>, headers: HeaderMap, body: Bytes)
                 response.headers_mut().insert(name, value.parse().unwrap());
             }
             return response;
+        }
+        Some(Reply::Slow(pause, said)) => {
+            tokio::time::sleep(pause).await;
+            if whole {
+                Body::from(folded(&said))
+            } else {
+                Body::from_stream(pieces(said))
+            }
         }
         Some(Reply::Stream(said)) if whole => Body::from(folded(&said)),
         Some(Reply::Stream(said)) => Body::from_stream(pieces(said)),

@@ -21,7 +21,7 @@ use crate::harness::{
 const MASTER_KEY: &str = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff";
 
 /// The program with these arguments and settings and no others.
-fn polpo(role: &str, settings: &[(&str, &str)]) -> Command {
+pub(crate) fn polpo(role: &str, settings: &[(&str, &str)]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_polpo"));
     command
         .args(role.split(' '))
@@ -42,7 +42,10 @@ fn said(output: &Output) -> String {
 }
 
 /// Everything that `serve` needs, with these in place of some.
-fn settings<'a>(database_url: &'a str, others: &[(&'a str, &'a str)]) -> Vec<(&'a str, &'a str)> {
+pub(crate) fn settings<'a>(
+    database_url: &'a str,
+    others: &[(&'a str, &'a str)],
+) -> Vec<(&'a str, &'a str)> {
     let mut settings = vec![
         ("DATABASE_URL", database_url),
         ("POLPO_MASTER_KEY", MASTER_KEY),
@@ -209,14 +212,14 @@ async fn a_database_ahead_or_behind_is_not_served() {
 }
 
 /// A running program, and what it has written so far.
-struct Process {
-    child: Child,
+pub(crate) struct Process {
+    pub(crate) child: Child,
     out: Arc<Mutex<String>>,
     log: Arc<Mutex<String>>,
 }
 
 impl Process {
-    fn start(role: &str, settings: &[(&str, &str)]) -> Self {
+    pub(crate) fn start(role: &str, settings: &[(&str, &str)]) -> Self {
         let mut child = polpo(role, settings)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -228,7 +231,7 @@ impl Process {
     }
 
     /// Where it listens, once it does.
-    async fn url(&mut self) -> String {
+    pub(crate) async fn url(&mut self) -> String {
         let found = |text: &str, before: &str| {
             let (_, after) = text.split_once(before)?;
             Some(
@@ -260,11 +263,11 @@ impl Process {
         self.out.lock().unwrap().clone()
     }
 
-    fn log(&self) -> String {
+    pub(crate) fn log(&self) -> String {
         self.log.lock().unwrap().clone()
     }
 
-    fn signal(&self, name: &str) {
+    pub(crate) fn signal(&self, name: &str) {
         let pid = self.child.id().unwrap().to_string();
         let sent = std::process::Command::new("kill")
             .args([name, &pid])
@@ -289,7 +292,7 @@ fn gather(from: impl AsyncRead + Unpin + Send + 'static) -> Arc<Mutex<String>> {
 }
 
 /// A project, its key, and an agent on the scripted upstream under a key of the project's own.
-async fn furnish(url: &str, upstream: &Upstream, provider_key: &str) -> String {
+pub(crate) async fn furnish(url: &str, upstream: &Upstream, provider_key: &str) -> String {
     let client = reqwest::Client::new();
     let admin = |path: &str, body: Value| {
         client
