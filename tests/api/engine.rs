@@ -1,1 +1,397 @@
-//! To come.
+//! The queue: fair between projects, in order within one, and never two at once.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use polpo::ids::Id;
+use polpo::store::{Holder, Job, Lease, ProjectDb, StoreError, World};
+use proptest::prelude::*;
+use proptest::test_runner::{Config, TestRunner};
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use crate::harness::{Reply, TestApp, answer, last_text, said};
+
+#[tokio::test]
+async fn a_tenant_with_many_tasks_does_not_delay_anothers_one() {
+    let app = TestApp::start_with(&["--worker-slots", "4"]).await;
+    app.agent("noor").await;
+    app.upstream
+        .answers(|_| Reply::Slow(Duration::from_millis(10), said("Done.")));
+    let organization = app
+        .app
+        .db
+        .create_organization("Other", "other")
+        .await
+        .unwrap();
+    let other = app
+        .app
+        .db
+        .create_project(organization.id, "Other", "other")
+        .await
+        .unwrap()
+        .id;
+    let (_, key) = app.app.issue_key(other, "k", World::Live).await.unwrap();
+    let post = async |path: &str, body: Value| {
+        let (status, body) = answer(
+            app.client
+                .post(format!("{}{path}", app.url))
+                .bearer_auth(&key)
+                .json(&body),
+        )
+        .await;
+        assert_eq!(status, 201, "{body}");
+    };
+    post(
+        "/v1/agents",
+        json!({"name": "single", "model": "openai:scripted"}),
+    )
+    .await;
+    // The many wait behind a draft, and all become ready at once.
+    let first = app.task("first", json!({"draft": true})).await;
+    for number in 0..300 {
+        app.task(&format!("many {number}"), json!({"dependsOn": [first]}))
+            .await;
+    }
+    answer(app.post(&format!("/v1/tasks/{first}/queue"), json!({}))).await;
+    while app.upstream.asked().len() < 20 {
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    let before = app.upstream.asked().len();
+    post(
+        "/v1/tasks",
+        json!({"title": "one", "description": "Just one", "assignTo": "single"}),
+    )
+    .await;
+    let place = loop {
+        let asked = app.upstream.asked();
+        if let Some(place) = asked
+            .iter()
+            .position(|request| last_text(request, "user") == "Just one")
+        {
+            break place;
+        }
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    };
+    let overtaken = place.saturating_sub(before);
+    eprintln!("{overtaken} tasks of the other tenant began before it");
+    // Those whose place was taken when it came, and a claim or two.
+    assert!(overtaken < 20, "{overtaken}");
+}
+
+#[tokio::test]
+async fn the_highest_priority_goes_first() {
+    let app = TestApp::start_with(&["--worker-slots", "1"]).await;
+    app.agent("noor").await;
+    app.upstream
+        .answers(|_| Reply::Slow(Duration::from_millis(5), said("Done.")));
+    let gate = app.task("gate", json!({"draft": true})).await;
+    let mut last = String::new();
+    for (title, priority) in [
+        ("low", 0.5),
+        ("high", 7.0),
+        ("middle", 2.0),
+        ("high too", 7.0),
+        ("lowest", 0.1),
+    ] {
+        last = app
+            .task(title, json!({"priority": priority, "dependsOn": ["gate"]}))
+            .await;
+    }
+    answer(app.post(&format!("/v1/tasks/{gate}/queue"), json!({}))).await;
+    app.until(&last, "done").await;
+    let order: Vec<String> = app
+        .upstream
+        .asked()
+        .iter()
+        .skip(1)
+        .map(|request| last_text(request, "user"))
+        .collect();
+    assert_eq!(
+        order,
+        ["Do high", "Do high too", "Do middle", "Do low", "Do lowest"]
+    );
+}
+
+#[tokio::test]
+async fn limits_of_an_agent_and_of_the_project_are_kept_and_nobody_waits_for_ever() {
+    for (agent, project) in [(Some(2), None), (None, Some(3)), (Some(3), Some(2))] {
+        let app = TestApp::start().await;
+        app.agent("noor").await;
+        answer(app.patch("/v1/agents/noor", json!({"maxConcurrency": agent}))).await;
+        answer(app.patch("/v1/config", json!({"maxConcurrency": project}))).await;
+        let (now, most) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+        let (counted, highest) = (now.clone(), most.clone());
+        app.upstream.answers(move |_| {
+            let count = counted.fetch_add(1, Ordering::SeqCst) + 1;
+            highest.fetch_max(count, Ordering::SeqCst);
+            let counted = counted.clone();
+            // Counted down a little before the answer is there: what is counted is less than what is under way.
+            tokio::spawn(async move {
+                tokio::time::sleep(Duration::from_millis(15)).await;
+                counted.fetch_sub(1, Ordering::SeqCst);
+            });
+            Reply::Slow(Duration::from_millis(20), said("Done."))
+        });
+        let mut ids = Vec::new();
+        for number in 0..20 {
+            ids.push(app.task(&format!("t{number}"), json!({})).await);
+        }
+        for id in &ids {
+            app.until(id, "done").await;
+        }
+        let limit = agent.into_iter().chain(project).min().unwrap();
+        assert_eq!(most.load(Ordering::SeqCst), limit, "{agent:?} {project:?}");
+    }
+}
+
+/// What can happen to the queue.
+#[derive(Debug, Clone, Copy)]
+enum Act {
+    /// A job is owed, or owed anew.
+    Enqueue(usize),
+    /// A process claims some.
+    Claim(usize, i64),
+    /// A process finishes a job that it believes it has.
+    Complete(usize, usize),
+    /// A process gives one back.
+    PutOff(usize, usize),
+    /// A process is gone.
+    Crash(usize),
+    /// Someone looks for jobs of processes that are gone.
+    TakeOver,
+}
+
+fn acts() -> impl Strategy<Value = Vec<Act>> {
+    let act = prop_oneof![
+        4 => (0..6usize).prop_map(Act::Enqueue),
+        4 => (0..3usize, 1..4i64).prop_map(|(process, most)| Act::Claim(process, most)),
+        3 => (0..3usize, 0..6usize).prop_map(|(process, which)| Act::Complete(process, which)),
+        2 => (0..3usize, 0..6usize).prop_map(|(process, which)| Act::PutOff(process, which)),
+        1 => (0..3usize).prop_map(Act::Crash),
+        1 => Just(Act::TakeOver),
+    ];
+    prop::collection::vec(act, 1..50)
+}
+
+/// The queue of one history, and what must be true of it.
+struct History {
+    app: TestApp,
+    doors: Vec<ProjectDb>,
+    jobs: Vec<Uuid>,
+    owed: BTreeSet<usize>,
+    processes: Vec<Process>,
+}
+
+struct Process {
+    holder: Holder,
+    standing: polpo::store::Standing,
+    leases: Vec<Lease>,
+}
+
+impl History {
+    async fn begin(doors: Vec<ProjectDb>, app: TestApp) -> Self {
+        let mut processes = Vec::new();
+        for _ in 0..3 {
+            processes.push(Process::start(&app).await);
+        }
+        let jobs = (0..6).map(|_| Uuid::now_v7()).collect();
+        Self {
+            app,
+            doors,
+            jobs,
+            owed: BTreeSet::new(),
+            processes,
+        }
+    }
+
+    fn number(&self, lease: &Lease) -> usize {
+        let Job::Blocked(task) = lease.job else {
+            panic!("{:?}", lease.job)
+        };
+        self.jobs
+            .iter()
+            .position(|job| *job == task.uuid())
+            .unwrap()
+    }
+
+    async fn act(&mut self, act: Act) {
+        match act {
+            Act::Enqueue(job) => {
+                let mut tx = self.doors[job % self.doors.len()].begin().await.unwrap();
+                tx.enqueue(Job::Blocked(Id::from(self.jobs[job])), 1.0, Duration::ZERO)
+                    .await
+                    .unwrap();
+                tx.commit().await.unwrap();
+                self.owed.insert(job);
+            }
+            Act::Claim(process, most) => {
+                let holder = self.processes[process].holder;
+                let claimed = self
+                    .app
+                    .app
+                    .db
+                    .claim(World::Test, holder, Uuid::nil(), most)
+                    .await
+                    .unwrap();
+                assert!(claimed.leases.len() <= usize::try_from(most).unwrap());
+                for lease in &claimed.leases {
+                    assert!(
+                        self.owed.contains(&self.number(lease)),
+                        "a job that nobody owes was claimed"
+                    );
+                }
+                self.processes[process].leases.extend(claimed.leases);
+            }
+            Act::Complete(process, which) => {
+                let Some(lease) = self.pick(process, which) else {
+                    return;
+                };
+                let mut tx = lease.db.begin().await.unwrap();
+                match tx.complete(&lease).await {
+                    Ok(()) => {
+                        tx.commit().await.unwrap();
+                        let number = self.number(&lease);
+                        assert!(self.owed.remove(&number), "a job was done twice");
+                    }
+                    Err(error) => assert!(matches!(error, StoreError::LeaseLost), "{error}"),
+                }
+            }
+            Act::PutOff(process, which) => {
+                let Some(lease) = self.pick(process, which) else {
+                    return;
+                };
+                let mut tx = lease.db.begin().await.unwrap();
+                match tx.put_off(&lease, Duration::ZERO).await {
+                    Ok(()) => tx.commit().await.unwrap(),
+                    Err(error) => assert!(matches!(error, StoreError::LeaseLost), "{error}"),
+                }
+            }
+            Act::Crash(process) => {
+                // What it had claimed it still believes in: it may as well be one that only lost its connection.
+                let next = Process::start(&self.app).await;
+                let gone = std::mem::replace(&mut self.processes[process], next);
+                drop(gone.standing);
+                self.processes[process].leases = gone.leases;
+            }
+            Act::TakeOver => {
+                self.app
+                    .app
+                    .db
+                    .free_orphaned_jobs(World::Test)
+                    .await
+                    .unwrap();
+            }
+        }
+    }
+
+    fn pick(&mut self, process: usize, which: usize) -> Option<Lease> {
+        let leases = &mut self.processes[process].leases;
+        (!leases.is_empty()).then(|| leases.swap_remove(which % leases.len()))
+    }
+
+    /// Whatever happened: of several who believe that they have a job one at most does, and every job can be done.
+    async fn end(mut self) {
+        let mut live: HashMap<usize, usize> = HashMap::new();
+        let believed: Vec<Lease> = self
+            .processes
+            .iter_mut()
+            .flat_map(|process| process.leases.drain(..))
+            .collect();
+        for lease in &believed {
+            let mut tx = lease.db.begin().await.unwrap();
+            if tx.extend(lease).await.is_ok() {
+                *live.entry(self.number(lease)).or_default() += 1;
+            }
+        }
+        assert!(live.values().all(|count| *count == 1), "{live:?}");
+        for process in std::mem::take(&mut self.processes) {
+            drop(process.standing);
+        }
+        // A connection that is closed gives its lock back in a moment.
+        let last = Process::start(&self.app).await;
+        for _ in 0..200 {
+            self.app
+                .app
+                .db
+                .free_orphaned_jobs(World::Test)
+                .await
+                .unwrap();
+            let claimed = self
+                .app
+                .app
+                .db
+                .claim(World::Test, last.holder, Uuid::nil(), 10)
+                .await
+                .unwrap();
+            for lease in claimed.leases {
+                let mut tx = lease.db.begin().await.unwrap();
+                tx.complete(&lease).await.unwrap();
+                tx.commit().await.unwrap();
+                let number = self.number(&lease);
+                assert!(self.owed.remove(&number));
+            }
+            if self.owed.is_empty() {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        panic!("jobs were lost: {:?}", self.owed);
+    }
+}
+
+impl Process {
+    async fn start(app: &TestApp) -> Self {
+        let holder = Holder::new(rand::random());
+        let standing = app.app.db.hold(holder).await.unwrap();
+        Self {
+            holder,
+            standing,
+            leases: Vec::new(),
+        }
+    }
+}
+
+#[test]
+fn no_history_of_claims_and_crashes_loses_a_job_or_does_one_twice() {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    let mut runner = TestRunner::new(Config {
+        cases: 24,
+        failure_persistence: None,
+        ..Config::default()
+    });
+    runner
+        .run(&acts(), |acts| {
+            runtime.block_on(async {
+                // No engine of its own: the history is the only one that claims.
+                let app = TestApp::start_with(&["--role-of-test", "api"]).await;
+                let mut doors = Vec::new();
+                let organization = app.app.db.create_organization("O", "o").await.unwrap();
+                for name in ["a", "b"] {
+                    let project = app
+                        .app
+                        .db
+                        .create_project(organization.id, name, name)
+                        .await
+                        .unwrap()
+                        .id;
+                    let (_, key) = app.app.issue_key(project, "k", World::Test).await.unwrap();
+                    let hash = ring::digest::digest(&ring::digest::SHA256, key.as_bytes());
+                    let hash = hash.as_ref().try_into().unwrap();
+                    doors.push(app.app.db.authenticate(World::Test, hash).await.unwrap().1);
+                }
+                let mut history = History::begin(doors, app).await;
+                for act in acts {
+                    history.act(act).await;
+                }
+                history.end().await;
+            });
+            Ok(())
+        })
+        .unwrap();
+}

@@ -274,11 +274,20 @@ async fn serve(
     ];
     // A setting of the test replaces the fixed one.
     let mut arguments: Vec<&str> = Vec::new();
+    // Not a setting: whether the server has an engine.
+    let (roles, settings): (Vec<_>, Vec<_>) = settings
+        .chunks(2)
+        .partition(|pair| pair[0] == "--role-of-test");
+    let role = if roles.is_empty() {
+        Role::All
+    } else {
+        Role::Api
+    };
     let mut pairs: Vec<(&str, &str)> = fixed[1..]
         .chunks(2)
         .map(|pair| (pair[0], pair[1]))
         .collect();
-    for pair in settings.chunks(2) {
+    for pair in settings {
         pairs.retain(|(name, _)| *name != pair[0]);
         pairs.push((pair[0], pair[1]));
     }
@@ -317,11 +326,7 @@ async fn serve(
     let served = app.clone();
     tokio::spawn(async move {
         served
-            .serve(
-                Role::All,
-                listener,
-                async move { stopped.cancelled().await },
-            )
+            .serve(role, listener, async move { stopped.cancelled().await })
             .await;
     });
     (app, url, stop)
