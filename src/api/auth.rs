@@ -21,6 +21,9 @@ pub async fn project(
     next: Next,
 ) -> Result<Response, ApiError> {
     let (caller, door) = open(&app, request.headers()).await?;
+    if let Some(presented) = Presented::of(request.headers()) {
+        request.extensions_mut().insert(presented);
+    }
     let allowance = app.limits.take(caller);
     request.extensions_mut().insert(door);
     let mut response = match &allowance {
@@ -34,6 +37,31 @@ pub async fn project(
     };
     allowance.write(response.headers_mut());
     Ok(response)
+}
+
+/// The key that a request came with, for answers that outlive the check of it. The admin's token is not one.
+#[derive(Debug, Clone, Copy)]
+pub struct Presented {
+    world: World,
+    hash: [u8; 32],
+}
+
+impl Presented {
+    fn of(headers: &HeaderMap) -> Option<Self> {
+        let key = credential(headers)?;
+        Some(Self {
+            world: world_of(key)?,
+            hash: sha256(key),
+        })
+    }
+
+    /// Whether it still opens something. A database that is away does not say no.
+    pub async fn is_revoked(self, app: &App) -> bool {
+        matches!(
+            app.db.authenticate(self.world, self.hash).await,
+            Err(StoreError::NotFound)
+        )
+    }
 }
 
 /// Admits the admin.

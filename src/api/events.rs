@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::extract::State;
+use axum::extract::{Extension, State};
 use axum::http::HeaderMap;
 use axum::response::Response;
 use bytes::Bytes;
@@ -19,6 +19,7 @@ use tokio::sync::broadcast;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::time::Instant;
 
+use super::auth::Presented;
 use super::error::{ApiError, ErrorBody};
 use super::extract::{Door, Query};
 use super::sse::event_stream;
@@ -34,6 +35,8 @@ const PAGE: i64 = 500;
 const BEHIND: i64 = 20_000;
 /// A reader that took nothing for so long is dropped when it does.
 const STALL: Duration = Duration::from_secs(60);
+/// How often a reader's key is looked at again; it is known without asking the database.
+const RECHECK: Duration = Duration::from_secs(1);
 /// The net under wake-ups.
 const LOOK: Duration = Duration::from_secs(5);
 
@@ -168,6 +171,7 @@ pub async fn read_events(
     State(app): State<App>,
     Door(db): Door,
     Query(query): Query<EventQuery>,
+    presented: Option<Extension<Presented>>,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
     let header = headers
@@ -208,8 +212,9 @@ pub async fn read_events(
         }
     };
     let filter = query.filter.unwrap_or_default();
+    let presented = presented.map(|Extension(presented)| presented);
     Ok(event_stream(Body::from_stream(frames(
-        app, db, filter, after,
+        app, db, filter, after, presented,
     ))))
 }
 
@@ -224,9 +229,10 @@ pub async fn stream_events(
     app: State<App>,
     door: Door,
     query: Query<EventQuery>,
+    presented: Option<Extension<Presented>>,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    read_events(app, door, query, headers).await
+    read_events(app, door, query, presented, headers).await
 }
 
 fn frames(
@@ -234,11 +240,13 @@ fn frames(
     db: ProjectDb,
     filter: String,
     mut after: i64,
+    presented: Option<Presented>,
 ) -> impl Frames<Item = Result<Bytes, Infallible>> {
     async_stream::stream! {
         let heartbeat = Duration::from_millis(app.config.heartbeat_ms);
         let mut beat = Box::pin(tokio::time::sleep(heartbeat));
         let mut given = Instant::now();
+        let mut checked = Instant::now();
         // Something at once, so that the reader knows that it is heard.
         yield Ok(Bytes::from_static(b": connected\n\n"));
         'behind: loop {
@@ -271,6 +279,14 @@ fn frames(
             loop {
                 given = std::cmp::max(given, Instant::now());
                 tokio::select! {
+                    // A stream must not outlive its key.
+                    () = tokio::time::sleep_until(checked + RECHECK), if presented.is_some() => {
+                        checked = Instant::now();
+                        if let Some(presented) = presented && presented.is_revoked(&app).await {
+                            yield Ok(farewell("the key was revoked", after));
+                            return;
+                        }
+                    }
                     frame = news.recv() => match frame {
                         Ok(frame) if frame.seq <= after => {}
                         Ok(frame) => {

@@ -78,6 +78,8 @@ const KEPT: [&str; 6] = [
 ];
 /// The longest title, in characters.
 const TITLE: usize = 500;
+/// The longest description, in bytes: every event of the task shows it.
+const DESCRIPTION: usize = 128 * 1024;
 
 impl CreateTask {
     fn into_new(self, default_retries: u32) -> Result<NewTask, ApiError> {
@@ -89,6 +91,7 @@ impl CreateTask {
             ));
         }
         let description = required("description", self.description)?;
+        check_description(&description)?;
         let assign_to = required("assignTo", self.assign_to)?;
         let list = |param: &str, error: String| ApiError::invalid(param, error);
         let expectations = Expectation::parse_all(&self.expectations.unwrap_or_default())
@@ -135,6 +138,14 @@ fn required(param: &str, value: Option<String>) -> Result<String, ApiError> {
     value
         .filter(|value| !value.trim().is_empty())
         .ok_or_else(|| ApiError::invalid(param, format!("{param}: required")))
+}
+
+fn check_description(description: &str) -> Result<(), ApiError> {
+    if description.len() > DESCRIPTION {
+        let sentence = format!("`description` must be at most {} KiB.", DESCRIPTION / 1024);
+        return Err(ApiError::invalid("description", sentence));
+    }
+    Ok(())
 }
 
 fn retries(given: Option<u32>) -> Result<Option<u32>, ApiError> {
@@ -354,6 +365,9 @@ pub async fn update_task(
                 .map_err(|error| ApiError::invalid("expectations", error))?,
         ),
     };
+    if let Some(description) = &change.description {
+        check_description(description)?;
+    }
     let change = TaskChange {
         description: filled("description", change.description)?,
         assign_to: filled("assignTo", change.assign_to)?,

@@ -92,9 +92,9 @@ pub async fn approve(
     note: Option<&str>,
 ) -> std::result::Result<ApprovalRow, NotResolved> {
     let mut tx = db.begin().await?;
+    let task = task_of(&mut tx, db, id).await?;
     let row = resolve(&mut tx, db, id, "approved", by, note).await?;
-    if let Some(task) = row.task_id {
-        let mut task = locked(&mut tx, task.into()).await?;
+    if let Some(mut task) = task {
         let told = json!({"requestId": row.id, "status": "approved", "resolvedBy": by});
         task.tell("approval:resolved", told);
         go_on(&mut tx, db, &mut task, &row).await?;
@@ -148,13 +148,13 @@ pub async fn reject(
     feedback: &str,
 ) -> std::result::Result<ApprovalRow, NotResolved> {
     let mut tx = db.begin().await?;
+    let task = task_of(&mut tx, db, id).await?;
     let row = resolve(&mut tx, db, id, "rejected", by, Some(feedback)).await?;
-    let Some(task) = row.task_id else {
+    let Some(mut task) = task else {
         return Err(NotResolved::Conflict(
             "This request belongs to no task and cannot be rejected. Approve it.".to_owned(),
         ));
     };
-    let mut task = locked(&mut tx, task.into()).await?;
     let most = u32::try_from(row.max_revisions).unwrap_or_default();
     if task.document.revision_count >= most {
         return Err(NotResolved::Conflict(format!(
@@ -189,15 +189,15 @@ pub async fn reject(
 /// # Errors
 /// When the database refuses.
 pub async fn expire(tx: &mut ProjectTx, db: &ProjectDb, id: Id<Approval>) -> Result<()> {
+    let task = task_of(tx, db, id).await?;
     let Some(row) = tx.resolve_approval(id, "timeout", "timeout", None).await? else {
         return Ok(());
     };
     let told = json!({"requestId": row.id, "action": row.timeout_action});
-    let Some(task) = row.task_id else {
+    let Some(mut task) = task else {
         tx.emit(Event::new("approval:timeout", told));
         return Ok(());
     };
-    let mut task = locked(tx, task.into()).await?;
     task.tell("approval:timeout", told);
     if task.status() != Status::AwaitingApproval {
         return save(tx, db, &mut task).await;
@@ -206,6 +206,14 @@ pub async fn expire(tx: &mut ProjectTx, db: &ProjectDb, id: Id<Approval>) -> Res
         go_on(tx, db, &mut task, &row).await
     } else {
         give_up(tx, db, &mut task).await.map(drop)
+    }
+}
+
+/// The task that a request is about, held until the commit.
+async fn task_of(tx: &mut ProjectTx, db: &ProjectDb, id: Id<Approval>) -> Result<Option<Task>> {
+    match db.approval(id).await?.task_id {
+        Some(task) => Ok(Some(locked(tx, task.into()).await?)),
+        None => Ok(None),
     }
 }
 

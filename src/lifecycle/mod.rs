@@ -1,6 +1,9 @@
 //! What people and the engine do to tasks: each deed one transaction, with its events and the work that follows.
 //!
 //! The API and the engine both act through here, so that a rule of contract 2.6 is written once.
+//!
+//! Rows are locked in one order, so that deeds wait for each other and never in a circle: tasks by their ids, then
+//! approvals, jobs, agents, settings, and the head of the event log at the commit.
 
 use std::time::Duration;
 

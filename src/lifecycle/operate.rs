@@ -78,6 +78,10 @@ pub async fn update(db: &ProjectDb, id: Id<ids::Task>, change: TaskChange) -> Re
                 "given to another agent; pause or kill it first",
             ));
         }
+        if agent != task.assign_to {
+            // What another has begun is not gone on with.
+            task.run = None;
+        }
         task.assign_to = agent;
     }
     if let Some(expectations) = change.expectations {
@@ -202,7 +206,7 @@ pub async fn run(db: &ProjectDb, id: Id<ids::Task>) -> Result<Task> {
     }
 }
 
-/// Stops a task's run and holds it until it is run again.
+/// Stops a task's run and holds it until it is run again: then it goes on from its last finished step.
 ///
 /// # Errors
 /// 409 for a task that is neither pending nor worked on.
@@ -211,18 +215,6 @@ pub async fn pause(db: &ProjectDb, id: Id<ids::Task>) -> Result<Task> {
     let mut task = locked(&mut tx, id).await?;
     if task.status() != Status::Pending && !task.status().is_active() {
         return Err(wrong_state(&task, "paused"));
-    }
-    if let Some(run) = task.run.filter(|_| task.status().is_active()) {
-        tx.end_run(run, crate::store::RunStatus::Interrupted, None)
-            .await?;
-        let phase = task.document.phase.filter(|phase| *phase != Phase::Review);
-        let feedback = task.document.feedback.take();
-        let trigger = task
-            .document
-            .trigger
-            .clone()
-            .unwrap_or_else(|| "initial".to_owned());
-        task.begin_again(phase.unwrap_or(Phase::Execution), feedback, &trigger);
     }
     task.held = true;
     tx.call_off(Job::Task(task.id)).await?;

@@ -119,9 +119,10 @@ impl From<sqlx::Error> for StoreError {
             }
             sqlx::Error::Database(database) => match (database.constraint(), database.code()) {
                 (Some(constraint), _) => Self::Constraint(constraint.to_owned()),
-                // Classes 08 (connection), 53 (resources) and 57 (operator intervention: shutdown, start-up).
+                // Classes 08 (connection), 40 (a deadlock was broken up), 53 (resources) and 57 (operator
+                // intervention: shutdown, start-up).
                 (None, Some(code))
-                    if ["08", "53", "57"]
+                    if ["08", "40", "53", "57"]
                         .iter()
                         .any(|class| code.starts_with(class)) =>
                 {

@@ -347,6 +347,23 @@ impl ProjectTx {
         Ok(())
     }
 
+    /// A run that was paused goes on; its time begins anew.
+    ///
+    /// # Errors
+    /// When the database refuses.
+    pub async fn go_on_with_run(&mut self, run: Id<Run>) -> Result<()> {
+        sqlx::query!(
+            "update runs set status = 'running', ended_at = null, started_at = clock_timestamp(), started_by = $3
+            where project_id = $1 and id = $2",
+            self.db.project,
+            run.uuid(),
+            i64::from(std::process::id())
+        )
+        .execute(&mut *self.tx)
+        .await?;
+        Ok(())
+    }
+
     /// Another process goes on with a run.
     ///
     /// # Errors

@@ -6,6 +6,7 @@ use async_trait::async_trait;
 use futures::StreamExt;
 use serde_json::Value;
 
+use super::record::without_nul;
 use super::task::named_model;
 use super::{Held, Result, WorkError};
 use crate::agent::{self, Course, OutputFormat, Repair, Toolbox, TurnEvent};
@@ -108,7 +109,7 @@ pub(super) async fn ask(
         };
         match event {
             Some(Ok(TurnEvent::Step(step))) => {
-                answer.text = step.message.text().unwrap_or_default().to_owned();
+                answer.text = without_nul(step.message.text().unwrap_or_default());
                 let usage = &mut answer.usage;
                 usage.prompt_tokens += step.usage.prompt_tokens;
                 usage.completion_tokens += step.usage.completion_tokens;
@@ -117,7 +118,7 @@ pub(super) async fn ask(
                 usage.estimated |= step.usage.estimated;
             }
             Some(Ok(_)) => {}
-            Some(Err(error)) => return Ok(Err(error.to_string())),
+            Some(Err(error)) => return Ok(Err(without_nul(&error.to_string()))),
             None => return Ok(Ok(answer)),
         }
     }

@@ -51,8 +51,8 @@ pub(super) async fn resolve(held: &Held, id: Id<ids::Task>) -> Result<()> {
         _ => Err("what it needs is not there".to_owned()),
     };
     let mut tx = db.begin().await?;
-    tx.complete(&held.lease).await?;
     let mut task = tx.lock_task(id).await?;
+    tx.complete(&held.lease).await?;
     let unmet = tx.unmet_needs(id).await?;
     let hopeless = unmet
         .iter()

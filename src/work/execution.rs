@@ -9,7 +9,7 @@ use futures::StreamExt;
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep_until};
 
-use super::record::{Recorder, replay};
+use super::record::{Recorder, replay, without_nul};
 use super::task::{commit, model, pass, pause};
 use super::{Held, Result, WorkError};
 use crate::agent::{
@@ -319,7 +319,7 @@ async fn follow(
 fn broken(error: &TurnError) -> Ending {
     match error {
         TurnError::TooManyCalls(_) => Ending::limit(EndReason::MaxTurns, error.to_string()),
-        error => Ending::error(error.to_string()),
+        error => Ending::error(without_nul(&error.to_string())),
     }
 }
 
@@ -421,8 +421,8 @@ async fn try_conclude(
 ) -> Result<Option<Task>> {
     let db = &held.lease.db;
     let mut tx = db.begin().await?;
-    tx.extend(&held.lease).await?;
     let mut task = tx.lock_task(before.id).await?;
+    tx.extend(&held.lease).await?;
     if task.status() != Status::InProgress || task.run != before.run {
         return Err(WorkError::LeaseLost);
     }

@@ -58,8 +58,8 @@ async fn stands_before(
     };
     let db = &held.lease.db;
     let mut tx = db.begin().await?;
-    tx.extend(&held.lease).await?;
     let mut task = tx.lock_task(task.id).await?;
+    tx.extend(&held.lease).await?;
     if task.go(Status::AwaitingApproval).is_err() {
         return Err(WorkError::LeaseLost);
     }
@@ -87,8 +87,8 @@ async fn settle(
 ) -> Result<Option<Task>> {
     let db = &held.lease.db;
     let mut tx = db.begin().await?;
-    tx.extend(&held.lease).await?;
     let mut task = tx.lock_task(before.id).await?;
+    tx.extend(&held.lease).await?;
     if task.status() != Status::Review || task.run != before.run {
         return Err(WorkError::LeaseLost);
     }
@@ -161,29 +161,29 @@ pub(super) async fn reassess(held: &Held, id: Id<ids::Task>) -> Result<()> {
         None
     };
     let mut tx = db.begin().await?;
+    let mut task = tx.lock_task(id).await?;
     tx.complete(&held.lease).await?;
-    if let Some((before, verdict)) = judged {
-        let mut task = tx.lock_task(id).await?;
-        if task.status() == before.status() {
-            task.document
-                .expectations
-                .clone_from(&before.document.expectations);
-            tell_verdict(&mut task, &verdict);
-            if let Some(result) = &mut task.document.result {
-                let earlier = result.assessment.replace(json!(verdict));
-                result.assessment_history.extend(earlier);
-            }
-            match (task.status(), verdict.passed) {
-                (Status::Failed, true) => {
-                    task.redeem();
-                }
-                (Status::Done, false) => {
-                    task.bypass(Bypass::ReassessedBadly);
-                }
-                _ => task.tell_updated(),
-            }
-            lifecycle::save(&mut tx, db, &mut task).await?;
+    if let Some((before, verdict)) = judged
+        && task.status() == before.status()
+    {
+        task.document
+            .expectations
+            .clone_from(&before.document.expectations);
+        tell_verdict(&mut task, &verdict);
+        if let Some(result) = &mut task.document.result {
+            let earlier = result.assessment.replace(json!(verdict));
+            result.assessment_history.extend(earlier);
         }
+        match (task.status(), verdict.passed) {
+            (Status::Failed, true) => {
+                task.redeem();
+            }
+            (Status::Done, false) => {
+                task.bypass(Bypass::ReassessedBadly);
+            }
+            _ => task.tell_updated(),
+        }
+        lifecycle::save(&mut tx, db, &mut task).await?;
     }
     tx.commit().await?;
     Ok(())

@@ -83,7 +83,8 @@ impl<'a> Recorder<'a> {
         }
     }
 
-    async fn note_step(&mut self, step: Step) -> Result<bool> {
+    async fn note_step(&mut self, mut step: Step) -> Result<bool> {
+        clean(&mut step.message);
         self.turns += 1;
         self.said.clear();
         self.written = 0;
@@ -107,12 +108,16 @@ impl<'a> Recorder<'a> {
             ToolState::Completed(content) => (content, false),
             ToolState::Failed(content) => (content, true),
         };
+        let tool = ToolCall {
+            arguments: without_nul(&tool.call.arguments),
+            ..tool.call
+        };
         self.tool_calls += 1;
-        self.waiting.retain(|call| call.id != tool.call.id);
-        let mut body = tool_body(&tool.call, &content, failed);
-        if registers_outcome(&tool.call)
+        self.waiting.retain(|call| call.id != tool.id);
+        let mut body = tool_body(&tool, &content, failed);
+        if registers_outcome(&tool)
             && !failed
-            && let Ok(outcome) = outcome_of(&tool.call, Utc::now())
+            && let Ok(outcome) = outcome_of(&tool, Utc::now())
         {
             body["outcome"] = json!(outcome);
             self.outcomes.push(outcome);
@@ -223,6 +228,27 @@ impl<'a> Recorder<'a> {
             self.written_at = Some(Instant::now());
         }
     }
+}
+
+/// Postgres stores no NUL character, and what a model says ends up in many places. Arguments are JSON text.
+fn clean(message: &mut Message) {
+    if let Message::Assistant {
+        content,
+        tool_calls,
+    } = message
+    {
+        if let Some(content) = content {
+            *content = content.replace('\0', "\u{fffd}");
+        }
+        for call in tool_calls {
+            call.arguments = without_nul(&call.arguments);
+        }
+    }
+}
+
+/// JSON text that stands for no NUL character.
+pub(super) fn without_nul(json: &str) -> String {
+    json.replace('\0', "\u{fffd}").replace("\\u0000", "\\ufffd")
 }
 
 fn model_body(step: &Step) -> Result<Value> {

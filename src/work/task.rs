@@ -55,8 +55,8 @@ async fn recover(held: &Held, task: Task) -> Result<Task> {
         return Ok(task);
     };
     let mut tx = held.lease.db.begin().await?;
-    tx.extend(&held.lease).await?;
     let mut task = tx.lock_task(task.id).await?;
+    tx.extend(&held.lease).await?;
     tx.take_over_run(run).await?;
     let told = json!({"title": task.title, "previousStatus": task.status()});
     task.tell("task:recovered", told);
@@ -78,8 +78,8 @@ async fn begin(held: &Held, id: Id<ids::Task>) -> Result<Option<Task>> {
     let db = &held.lease.db;
     let settings = db.settings().await?;
     let mut tx = db.begin().await?;
-    tx.extend(&held.lease).await?;
     let task = tx.lock_task(id).await?;
+    tx.extend(&held.lease).await?;
     let started = start(held, &mut tx, task, &settings).await?;
     tx.commit().await?;
     match started {
@@ -115,10 +115,10 @@ async fn start(
         }
     }
     // Only the judgement was held up: the work is there.
-    if task.status() == Status::Assigned
-        && task.document.phase == Some(Phase::Review)
-        && task.run.is_some()
-    {
+    if task.document.phase == Some(Phase::Review) && task.run.is_some() {
+        if task.status() == Status::Pending {
+            illegal(task.go(Status::Assigned))?;
+        }
         illegal(task.go(Status::InProgress))?;
         illegal(task.go(Status::Review))?;
         lifecycle::save(tx, db, &mut task).await?;
@@ -165,10 +165,16 @@ async fn spawn(tx: &mut ProjectTx, task: &mut Task, agent: &AgentRow) -> Result<
         .phase
         .filter(|phase| matches!(phase, Phase::Fix | Phase::Clarification));
     task.document.phase = Some(phase.unwrap_or(Phase::Execution));
-    task.document.outcomes.clear();
-    let run = Id::new();
-    task.run = Some(run);
-    tx.begin_run(run, task.id, agent.id, Utc::now()).await?;
+    match task.run {
+        // It was paused.
+        Some(run) => tx.go_on_with_run(run).await?,
+        None => {
+            task.document.outcomes.clear();
+            let run = Id::new();
+            task.run = Some(run);
+            tx.begin_run(run, task.id, agent.id, Utc::now()).await?;
+        }
+    }
     let told = json!({"agentName": agent.name, "taskTitle": task.title});
     task.tell("agent:spawned", told);
     Ok(())

@@ -14,8 +14,8 @@ pub(super) async fn deadline(held: &Held, id: Id<ids::Task>) -> Result<()> {
     let db = &held.lease.db;
     let settings = db.settings().await?;
     let mut tx = db.begin().await?;
-    tx.extend(&held.lease).await?;
     let mut task = tx.lock_task(id).await?;
+    tx.extend(&held.lease).await?;
     let Some(deadline) = task
         .document
         .deadline
@@ -63,8 +63,8 @@ pub(super) async fn escalation(held: &Held, id: Id<ids::Task>) -> Result<()> {
     let db = &held.lease.db;
     let settings = db.settings().await?;
     let mut tx = db.begin().await?;
-    tx.complete(&held.lease).await?;
     let mut task = tx.lock_task(id).await?;
+    tx.complete(&held.lease).await?;
     let waits = matches!(
         task.status(),
         Status::Pending | Status::InProgress | Status::AwaitingApproval
@@ -92,8 +92,8 @@ pub(super) async fn escalation(held: &Held, id: Id<ids::Task>) -> Result<()> {
 pub(super) async fn approval(held: &Held, id: Id<Approval>) -> Result<()> {
     let db = &held.lease.db;
     let mut tx = db.begin().await?;
-    tx.complete(&held.lease).await?;
     lifecycle::expire(&mut tx, db, id).await?;
+    tx.complete(&held.lease).await?;
     tx.commit().await?;
     Ok(())
 }

@@ -302,6 +302,37 @@ async fn nobody_else_hears_anything() {
 }
 
 #[tokio::test]
+async fn a_stream_ends_when_its_key_is_revoked() {
+    let app = TestApp::start().await;
+    let mut reader = Reader::open(&app, &app.url, "", None).await;
+    let keys = answer(app.admin(
+        Method::GET,
+        &format!("/v1/api-keys?projectId={}", app.project),
+    ))
+    .await
+    .1;
+    let key = keys
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|key| key["name"] == "live")
+        .unwrap()["id"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    assert!(
+        answer(app.admin(Method::DELETE, &format!("/v1/api-keys/{key}")))
+            .await
+            .0
+            .is_success()
+    );
+    assert_eq!(
+        reader.block().await,
+        ": closed: the key was revoked; go on with Last-Event-ID: evt_00000\n\n"
+    );
+}
+
+#[tokio::test]
 async fn a_reader_that_takes_nothing_holds_nobody_up_and_is_told_everything_or_where_to_go_on() {
     let app = TestApp::start().await;
     app.agent("noor").await;

@@ -6,6 +6,7 @@ use std::time::Duration;
 use futures::StreamExt;
 use reqwest::Method;
 use serde_json::{Value, json};
+use sqlx::{Connection, PgConnection};
 use tokio::sync::Notify;
 
 use crate::harness::{
@@ -596,6 +597,70 @@ async fn killing_pausing_and_deleting_stop_the_model_and_nothing_of_it_counts() 
             );
         }
     }
+}
+
+#[tokio::test]
+async fn a_paused_task_goes_on_from_its_last_step() {
+    let app = start().await;
+    app.upstream
+        .will(Reply::Stream(called(&[("c1", "memory_get", &["{}"])])));
+    app.upstream.will(Reply::Hang(vec![]));
+    let id = app.task("long", json!({})).await;
+    eventually("it is asked again", async || {
+        app.upstream.asked().len() == 2
+    })
+    .await;
+    answer(app.post(&format!("/v1/tasks/{id}/pause"), json!({}))).await;
+    eventually("the model is left", async || app.upstream.was_left()).await;
+    app.upstream.will_say("Finished.");
+    answer(app.post(&format!("/v1/tasks/{id}/run"), json!({}))).await;
+    app.until(&id, "done").await;
+    let asked = app.upstream.asked();
+    assert_eq!((asked.len(), results(&asked[2])), (3, 1));
+}
+
+#[tokio::test]
+async fn what_postgres_cannot_store_costs_no_work() {
+    let app = start().await;
+    let arguments = r#"{"type":"text","label":"a\u0000b","text":"c\u0000d"}"#;
+    app.upstream.will(Reply::Stream(called(&[(
+        "c1",
+        "register_outcome",
+        &[arguments],
+    )])));
+    app.upstream.will_say("nul: \0.");
+    let id = app.task("nul", json!({})).await;
+    let task = app.until(&id, "done").await;
+    assert_eq!(task["result"]["stdout"], "nul: \u{fffd}.");
+    assert_eq!(task["outcomes"][0]["label"], "a\u{fffd}b");
+}
+
+#[tokio::test]
+async fn people_and_the_engine_do_not_wait_for_each_other_in_a_circle() {
+    let app = start().await;
+    app.upstream
+        .answers(|_| Reply::Slow(Duration::from_millis(3), said("Done.")));
+    let mut ids = Vec::new();
+    for number in 0..60 {
+        ids.push(app.task(&format!("t{number}"), json!({})).await);
+    }
+    // Whatever the engine is doing to a task at the moment, each deed is done at once.
+    let deeds = ids.iter().enumerate().map(|(number, id)| {
+        let deed = ["kill", "pause", "force-fail"][number % 3];
+        answer(app.post(&format!("/v1/tasks/{id}/{deed}"), json!({})))
+    });
+    for (status, body) in futures::future::join_all(deeds).await {
+        assert!(status == 200 || status == 409, "{status}: {body}");
+    }
+    let mut database = PgConnection::connect(&app.database_url).await.unwrap();
+    let count = "select deadlocks from pg_stat_database where datname = current_database()";
+    // Postgres gives its counts out a moment later.
+    tokio::time::sleep(Duration::from_millis(1_500)).await;
+    let circles: i64 = sqlx::query_scalar(count)
+        .fetch_one(&mut database)
+        .await
+        .unwrap();
+    assert_eq!(circles, 0);
 }
 
 #[tokio::test]
