@@ -161,7 +161,10 @@ pub(crate) async fn measure(
     )
     .await?;
     let project = Project::make(&server.url, "Engine").await?;
-    println!("\nthe engine{:>46}", "measured");
+    println!(
+        "\n{:<50}{:>12}{:>20}",
+        "the engine", "measured", "published"
+    );
     let mut events = project.follow("task:completed").await?;
     own_time(&project, &mut events).await?;
     sustain(&project, &mut events, server.pid()?, postgres, sustained).await?;
@@ -171,7 +174,12 @@ pub(crate) async fn measure(
 }
 
 fn row(name: &str, value: f64) {
-    println!("{name:<44}{value:>12.2}");
+    println!("{name:<50}{value:>12.2}{:>20}", "-");
+}
+
+/// A row beside the figure that the original has published for the same work.
+fn row_beside(name: &str, value: f64, published: &str) {
+    println!("{name:<50}{value:>12.2}{published:>20}");
 }
 
 /// Waits for so many tasks to be done.
@@ -207,7 +215,11 @@ async fn own_time(
         done(events, 1).await?;
         one.push(began.elapsed().as_secs_f64() * 1000.0 - CALL_MS);
     }
-    row("one task of one call, own ms, p50", percentile(&one, 50.0));
+    row_beside(
+        "one task of one call, own ms, p50",
+        percentile(&one, 50.0),
+        "105",
+    );
     row("one task of one call, own ms, p99", percentile(&one, 99.0));
     let mut long = Vec::new();
     for round in 0..3 {
@@ -218,7 +230,7 @@ async fn own_time(
         done(events, 1).await?;
         long.push(began.elapsed().as_secs_f64() * 1000.0 - 51.0 * CALL_MS);
     }
-    row("50 tool turns, own ms", percentile(&long, 50.0));
+    row_beside("50 tool turns, own ms", percentile(&long, 50.0), "970");
     let mut ten = Vec::new();
     for round in 0..5 {
         let began = Instant::now();
@@ -234,9 +246,10 @@ async fn own_time(
         done(events, 10).await?;
         ten.push(began.elapsed().as_secs_f64() * 1000.0 - 6.0 * CALL_MS);
     }
-    row(
-        "ten at once of five turns, above the model",
+    row_beside(
+        "ten at once of five turns, above the model, ms",
         percentile(&ten, 50.0),
+        "930",
     );
     Ok(())
 }
@@ -464,9 +477,10 @@ async fn resume(
         by_same.push(asked_after(upstream, &title, started).await?);
         through_any(&through, &id).await?;
     }
-    row(
+    row_beside(
         "kill to next model request, other process, ms",
         percentile(&by_other, 50.0),
+        "1300 to 1600",
     );
     row("  the worst of five", percentile(&by_other, 100.0));
     row(

@@ -76,11 +76,6 @@ pub async fn request_approval(
     Ok(())
 }
 
-/// Before a person looks at a failed attempt.
-pub(super) fn clear_for_person(task: &mut Task) {
-    task.document.outcomes.clear();
-}
-
 /// Says yes.
 ///
 /// # Errors
@@ -236,7 +231,6 @@ async fn resolve(
     Ok(row)
 }
 
-/// A request as the API shows it.
 impl ApprovalRow {
     /// The request object of contract 2.11.
     pub fn view(&self) -> Value {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use super::approve::{clear_for_person, request_approval};
+use super::approve::request_approval;
 use super::{NOW, Result, save, settle};
 use crate::store::{Job, Lease, ProjectDb, ProjectTx, StoreError};
 use crate::task::{
@@ -109,7 +109,7 @@ pub async fn after_failure(
                 task.document.description
             );
             task.rewrite(description);
-            clear_for_person(task);
+            task.document.outcomes.clear();
             wait_for_person(tx, db, task, &Gate::side_effects(), Hook::TaskRetry).await
         }
         Follow::Escalate(level) => {
@@ -268,21 +268,7 @@ pub(super) async fn end_abruptly(
             .await?;
     }
     let before = task.document.result.take();
-    let mut history = before
-        .as_ref()
-        .map(|result| result.assessment_history.clone())
-        .unwrap_or_default();
-    history.extend(before.and_then(|result| result.assessment));
-    task.document.result = Some(TaskResult {
-        exit_code: 1,
-        stdout: String::new(),
-        stderr: sentence.to_owned(),
-        duration: 0,
-        reason,
-        cause: None,
-        assessment: None,
-        assessment_history: history,
-    });
+    task.document.result = Some(TaskResult::without_answer(reason, sentence, None, before));
     tx.withdraw_approvals(task.id).await?;
     tx.stop_run(task.id);
     task.bypass(Bypass::Stopped);
@@ -291,10 +277,6 @@ pub(super) async fn end_abruptly(
     save(tx, db, task).await
 }
 
-/// Does to a job what a deed left of it.
-///
-/// # Errors
-/// [`StoreError::LeaseLost`].
 impl Aftermath {
     /// Leaves the job as the deed says.
     ///

@@ -88,6 +88,38 @@ pub struct TaskResult {
     pub assessment_history: Vec<Value>,
 }
 
+impl TaskResult {
+    /// The result of work that ended without an answer; the assessments of earlier work are kept.
+    pub fn without_answer(
+        reason: EndReason,
+        sentence: &str,
+        cause: Option<String>,
+        before: Option<Self>,
+    ) -> Self {
+        Self {
+            exit_code: 1,
+            stdout: String::new(),
+            stderr: sentence.to_owned(),
+            duration: 0,
+            reason,
+            cause,
+            assessment: None,
+            assessment_history: Self::history(before),
+        }
+    }
+
+    /// All assessments of earlier work, oldest first.
+    pub fn history(before: Option<Self>) -> Vec<Value> {
+        before
+            .map(|before| {
+                let mut history = before.assessment_history;
+                history.extend(before.assessment);
+                history
+            })
+            .unwrap_or_default()
+    }
+}
+
 /// How a task changes hands when it fails (contract 2.6.4).
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "camelCase")]

@@ -65,7 +65,7 @@ pub(super) async fn resolve(held: &Held, id: Id<ids::Task>) -> Result<()> {
         )
         .await?;
     } else if task.status() == Status::Pending && hopeless {
-        act(held, &mut tx, &mut task, &unmet, verdict, &settings).await?;
+        act(held, &mut tx, &mut task, &unmet, verdict).await?;
     }
     tx.commit().await?;
     Ok(())
@@ -130,7 +130,6 @@ async fn act(
     task: &mut Task,
     unmet: &[Need],
     verdict: std::result::Result<Verdict, String>,
-    settings: &Settings,
 ) -> Result<()> {
     let db = &held.lease.db;
     let failed: Vec<Id<ids::Task>> = unmet
@@ -176,19 +175,12 @@ async fn act(
         Ok(verdict) => verdict.reason,
         Err(reason) => reason,
     };
-    let _ = settings;
     task.tell("deadlock:unresolvable", json!({"reason": reason}));
     let sentence = format!("It can never begin: {reason}.");
-    task.document.result = Some(TaskResult {
-        exit_code: 1,
-        stdout: String::new(),
-        stderr: sentence.clone(),
-        duration: 0,
-        reason: EndReason::Error,
-        cause: Some(sentence),
-        assessment: None,
-        assessment_history: Vec::new(),
-    });
+    let before = task.document.result.take();
+    let result =
+        TaskResult::without_answer(EndReason::Error, &sentence, Some(sentence.clone()), before);
+    task.document.result = Some(result);
     task.bypass(Bypass::Stopped);
     lifecycle::settle(tx, task).await?;
     Ok(lifecycle::save(tx, db, task).await?)

@@ -509,12 +509,7 @@ async fn fail(
 }
 
 fn tell_end(task: &mut Task, recorder: &Recorder<'_>, ending: &Ending, started_at: DateTime<Utc>) {
-    let before = task.document.result.take();
-    let mut history = before
-        .as_ref()
-        .map(|result| result.assessment_history.clone())
-        .unwrap_or_default();
-    history.extend(before.and_then(|result| result.assessment));
+    let history = TaskResult::history(task.document.result.take());
     let result = TaskResult {
         exit_code: i32::from(ending.reason != EndReason::Finished),
         stdout: recorder.answer.clone(),

@@ -274,16 +274,9 @@ async fn fail_before_begin(
     task: &mut Task,
     cause: String,
 ) -> Result<()> {
-    task.document.result = Some(TaskResult {
-        exit_code: 1,
-        stdout: String::new(),
-        stderr: cause.clone(),
-        duration: 0,
-        reason: EndReason::Error,
-        cause: Some(cause),
-        assessment: None,
-        assessment_history: Vec::new(),
-    });
+    let before = task.document.result.take();
+    let result = TaskResult::without_answer(EndReason::Error, &cause, Some(cause.clone()), before);
+    task.document.result = Some(result);
     task.bypass(Bypass::Stopped);
     lifecycle::settle(tx, task).await?;
     lifecycle::save(tx, &held.lease.db, task).await?;

@@ -147,6 +147,15 @@ async fn limits_of_an_agent_and_of_the_project_are_kept_and_nobody_waits_for_eve
     }
 }
 
+/// A runtime of one history: its servers and their connections end with it.
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .unwrap()
+}
+
 /// What can happen to the queue.
 #[derive(Debug, Clone, Copy)]
 enum Act {
@@ -356,10 +365,6 @@ impl Process {
 
 #[test]
 fn no_history_of_claims_and_crashes_loses_a_job_or_does_one_twice() {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .unwrap();
     let mut runner = TestRunner::new(Config {
         cases: 24,
         failure_persistence: None,
@@ -367,7 +372,7 @@ fn no_history_of_claims_and_crashes_loses_a_job_or_does_one_twice() {
     });
     runner
         .run(&acts(), |acts| {
-            runtime.block_on(async {
+            runtime().block_on(async {
                 // No engine of its own: the history is the only one that claims.
                 let app = TestApp::start_with(&["--role-of-test", "api"]).await;
                 let mut doors = Vec::new();
@@ -391,6 +396,189 @@ fn no_history_of_claims_and_crashes_loses_a_job_or_does_one_twice() {
                 }
                 history.end().await;
             });
+            Ok(())
+        })
+        .unwrap();
+}
+
+/// What people do to tasks while the engine is at them.
+#[derive(Debug, Clone, Copy)]
+enum Deed {
+    /// A new task, which may need an earlier one, wait for a yes, or be a draft.
+    Create(u8),
+    /// One of the routes, on one of the tasks.
+    Do(&'static str, usize),
+    /// An answer to one of the requests.
+    Answer(&'static str, usize),
+    /// A process stops, and another starts.
+    Restart,
+}
+
+fn deeds() -> impl Strategy<Value = Vec<Deed>> {
+    let routes = ["kill", "pause", "run", "retry", "queue", "force-fail"];
+    let deed = prop_oneof![
+        5 => any::<u8>().prop_map(Deed::Create),
+        5 => (prop::sample::select(routes.to_vec()), 0..20usize).prop_map(|(route, task)| Deed::Do(route, task)),
+        2 => (prop::sample::select(vec!["approve", "reject"]), 0..20usize).prop_map(|(answer, request)| Deed::Answer(answer, request)),
+        1 => Just(Deed::Restart),
+    ];
+    prop::collection::vec(deed, 10..40)
+}
+
+/// How many calls of each task's model are under way, and the most there ever were.
+type Calls = Arc<std::sync::Mutex<HashMap<String, (usize, usize)>>>;
+
+async fn live_through(deeds: Vec<Deed>) {
+    let app = TestApp::start_with(&["--retry-backoff-ms", "1"]).await;
+    app.agent("noor").await;
+    let calls = Calls::default();
+    let counted = calls.clone();
+    app.upstream.answers(move |request| {
+        let text = last_text(request, "user");
+        // The calls of one task come one after the other, whichever process makes them.
+        let mut calls = counted.lock().unwrap();
+        let (now, most) = calls.entry(text.clone()).or_default();
+        *now += 1;
+        *most = (*most).max(*now);
+        drop(calls);
+        let counted = counted.clone();
+        let named = text.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+            counted.lock().unwrap().get_mut(&named).unwrap().0 -= 1;
+        });
+        if text.contains("fails") {
+            Reply::Plain(400, vec![], "{}".to_owned())
+        } else {
+            Reply::Slow(Duration::from_millis(3), said("Done."))
+        }
+    });
+    let mut others = vec![app.another_process_with_stop().await];
+    let mut tasks: Vec<String> = Vec::new();
+    let requests = async || {
+        answer(app.get("/v1/approvals?status=pending"))
+            .await
+            .1
+            .as_array()
+            .unwrap()
+            .clone()
+    };
+    for (number, deed) in deeds.into_iter().enumerate() {
+        match deed {
+            Deed::Create(shape) => {
+                let needs: Vec<&String> = tasks
+                    .iter()
+                    .filter(|_| shape & 4 != 0)
+                    .rev()
+                    .take(1)
+                    .collect();
+                let fails = if shape & 8 != 0 { "fails" } else { "works" };
+                let others = json!({
+                    "draft": shape & 3 == 0, "sideEffects": shape & 16 != 0 && shape & 32 != 0, "dependsOn": needs, "maxRetries": shape >> 6,
+                });
+                tasks.push(app.task(&format!("{number} {fails}"), others).await);
+            }
+            Deed::Do(route, task) if !tasks.is_empty() => {
+                let id = &tasks[task % tasks.len()];
+                let (status, body) =
+                    answer(app.post(&format!("/v1/tasks/{id}/{route}"), json!({}))).await;
+                assert!(status == 200 || status == 409, "{route}: {status} {body}");
+            }
+            Deed::Answer(word, request) => {
+                let waiting = requests().await;
+                if !waiting.is_empty() {
+                    let id = waiting[request % waiting.len()]["id"]
+                        .as_str()
+                        .unwrap()
+                        .to_owned();
+                    let (status, body) = answer(app.post(
+                        &format!("/v1/approvals/{id}/{word}"),
+                        json!({"feedback": "again"}),
+                    ))
+                    .await;
+                    assert!(status == 200 || status == 409, "{word}: {status} {body}");
+                }
+            }
+            Deed::Restart => {
+                others.pop().unwrap().cancel();
+                others.push(app.another_process_with_stop().await);
+            }
+            Deed::Do(..) => {}
+        }
+    }
+    // Whoever waits for a person gets an answer; then everything comes to an end by itself.
+    let mut standing = HashMap::new();
+    for _ in 0..400 {
+        standing.clear();
+        for id in &tasks {
+            let task = app.read(id).await;
+            let status = task["status"].as_str().unwrap().to_owned();
+            match status.as_str() {
+                "draft" => {
+                    drop(answer(app.post(&format!("/v1/tasks/{id}/queue"), json!({}))).await)
+                }
+                "pending" if task["held"] == true => {
+                    drop(answer(app.post(&format!("/v1/tasks/{id}/run"), json!({}))).await)
+                }
+                "awaiting_approval" => {
+                    for request in requests().await {
+                        let id = request["id"].as_str().unwrap();
+                        answer(app.post(&format!("/v1/approvals/{id}/approve"), json!({}))).await;
+                    }
+                    // What fails again and again waits again and again.
+                    if app.read(id).await["title"]
+                        .as_str()
+                        .unwrap()
+                        .contains("fails")
+                    {
+                        answer(app.post(&format!("/v1/tasks/{id}/kill"), json!({}))).await;
+                    }
+                }
+                _ => {}
+            }
+            *standing.entry(status).or_insert(0) += 1;
+        }
+        if standing
+            .keys()
+            .all(|status| status == "done" || status == "failed")
+        {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert!(
+        standing
+            .keys()
+            .all(|status| status == "done" || status == "failed"),
+        "lost: {standing:?}"
+    );
+    for (text, (_, most)) in calls.lock().unwrap().iter() {
+        assert_eq!(*most, 1, "{text} was run twice at once");
+    }
+    // Each task's way is whole: every change begins where the one before ended.
+    let mut at: HashMap<String, String> = HashMap::new();
+    for (name, payload) in app.events("task:created,task:transition").await {
+        let id = payload["taskId"].as_str().unwrap().to_owned();
+        if name == "task:created" {
+            at.insert(id, payload["task"]["status"].as_str().unwrap().to_owned());
+        } else {
+            assert_eq!(at[&id], payload["from"], "{id}");
+            at.insert(id, payload["to"].as_str().unwrap().to_owned());
+        }
+    }
+}
+
+#[test]
+fn whatever_people_do_every_task_ends_and_none_is_run_twice_at_once() {
+    let mut runner = TestRunner::new(Config {
+        cases: 10,
+        failure_persistence: None,
+        max_shrink_iters: 20,
+        ..Config::default()
+    });
+    runner
+        .run(&deeds(), |deeds| {
+            runtime().block_on(live_through(deeds));
             Ok(())
         })
         .unwrap();

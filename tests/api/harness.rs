@@ -161,6 +161,12 @@ impl TestApp {
         url
     }
 
+    /// Another process on the same database, and what stops it.
+    pub(crate) async fn another_process_with_stop(&self) -> CancellationToken {
+        let quick = ["--retry-backoff-ms", "1", "--drain-timeout-ms", "100"];
+        serve(&self.database_url, &self.upstream, &quick).await.2
+    }
+
     pub(crate) fn request(&self, method: Method, path: &str) -> RequestBuilder {
         self.client
             .request(method, format!("{}{path}", self.url))
