@@ -1,11 +1,13 @@
 //! What everybody shares, and the life of the server: start, serve, drain.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use bytes::Bytes;
 use secrecy::{ExposeSecret, SecretString};
+use serde_json::{Map, Value};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -14,6 +16,7 @@ use uuid::Uuid;
 use crate::api;
 use crate::config::{Config, ConfigError};
 use crate::llm::{Credential, ProjectCredentials, Provider, Providers, ResolveError};
+use crate::mission::Document;
 use crate::seal::{self, Seal, SealError, sha256};
 use crate::store::{
     AgentRow, Db, KeyRow, NewKey, PoolSettings, ProjectDb, Result as StoreResult, StoreError, World,
@@ -300,10 +303,13 @@ impl Shared {
 
 /// The model that an agent runs with, as it or its project names it.
 pub fn model_of<'a>(agent: &'a AgentRow, settings: &'a Settings) -> &'a str {
-    agent
-        .definition
+    model_in(&agent.definition, settings)
+}
+
+fn model_in<'a>(definition: &'a Map<String, Value>, settings: &'a Settings) -> &'a str {
+    definition
         .get("model")
-        .and_then(serde_json::Value::as_str)
+        .and_then(Value::as_str)
         .or(settings.default_model.as_deref())
         .unwrap_or(DEFAULT_MODEL)
 }
@@ -331,6 +337,52 @@ impl Shared {
     ) -> Result<(Arc<dyn Provider>, String), ModelError> {
         let own = self.credentials(door).await?;
         Ok(self.providers.resolve(model, &own)?)
+    }
+}
+
+impl Shared {
+    /// Why a mission cannot be executed because of its agents' models: a sentence, or nothing. Agents that do not exist are not
+    /// this one's concern.
+    ///
+    /// # Errors
+    /// When the database cannot be reached, or a key was sealed under another master key.
+    pub async fn unusable_model(
+        &self,
+        door: &ProjectDb,
+        document: &Document,
+    ) -> Result<Option<String>, CredentialsError> {
+        let settings = door.settings().await?;
+        let agents: BTreeSet<&str> = document
+            .tasks
+            .iter()
+            .map(|task| task.assign_to.as_str())
+            .collect();
+        let mut models: BTreeMap<String, &str> = BTreeMap::new();
+        for name in agents {
+            let model = match door.agent(name).await {
+                Ok(agent) => model_of(&agent, &settings).to_owned(),
+                Err(StoreError::NotFound) => {
+                    let members = document.team.iter().flat_map(|team| &team.agents);
+                    let mut found = members.filter(|member| member.name == name);
+                    let Some(member) = found.next() else { continue };
+                    model_in(&member.fields, &settings).to_owned()
+                }
+                Err(error) => return Err(error.into()),
+            };
+            models.entry(model).or_insert(name);
+        }
+        for (model, agent) in models {
+            match self.resolve(door, &model).await {
+                Ok(_) => {}
+                Err(ModelError::Unusable(error)) => {
+                    return Ok(Some(format!(
+                        "The model \"{model}\" of the agent \"{agent}\" cannot be used: {error}."
+                    )));
+                }
+                Err(ModelError::Credentials(error)) => return Err(error),
+            }
+        }
+        Ok(None)
     }
 }
 

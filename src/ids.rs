@@ -40,6 +40,12 @@ kinds! {
     Run = "run",
     /// A task.
     Task = "task",
+    /// A mission.
+    Mission = "msn",
+    /// A mission's schedule.
+    Schedule = "sch",
+    /// What stands between tasks of a mission's run.
+    Barrier = "bar",
     /// A request for a person's yes.
     Approval = "apr",
     /// What a run left behind.

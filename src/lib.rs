@@ -16,6 +16,7 @@ pub mod event;
 pub mod ids;
 pub mod lifecycle;
 pub mod llm;
+pub mod mission;
 pub mod net;
 pub mod seal;
 pub mod store;

@@ -38,8 +38,9 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("llm", &["net"]),
     ("event", &[]),
     ("task", &["ids", "event"]),
-    ("store", &["ids", "event", "task"]),
-    ("lifecycle", &["ids", "event", "store", "task"]),
+    ("mission", &["ids", "event", "task"]),
+    ("store", &["ids", "event", "mission", "task"]),
+    ("lifecycle", &["ids", "event", "mission", "store", "task"]),
     ("embedded", &["seal"]),
     ("agent", &["llm", "ids"]),
     (
@@ -48,6 +49,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "app",
             "config",
             "lifecycle",
+            "mission",
             "tools",
             "agent",
             "llm",
@@ -64,6 +66,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
         &[
             "app",
             "lifecycle",
+            "mission",
             "tools",
             "agent",
             "llm",
@@ -77,7 +80,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     (
         "app",
         &[
-            "api", "config", "llm", "store", "seal", "task", "tools", "work",
+            "api", "config", "llm", "mission", "store", "seal", "task", "tools", "work",
         ],
     ),
 ];

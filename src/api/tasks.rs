@@ -222,6 +222,16 @@ fn status_of(word: Option<&str>) -> Result<Option<Status>, ApiError> {
     })
 }
 
+/// A group is a label, or a mission's id (contract 2.6.6).
+fn grouped(group: Option<&str>) -> TaskFilter<'_> {
+    let mission = group.and_then(|group| group.parse().ok());
+    TaskFilter {
+        group: group.filter(|_| mission.is_none()),
+        mission,
+        ..TaskFilter::default()
+    }
+}
+
 pub(super) fn task_id(id: &str) -> Result<Id<ids::Task>, ApiError> {
     id.parse().map_err(|_| ApiError::missing("Task", id))
 }
@@ -233,7 +243,12 @@ pub(super) fn refused(error: LifecycleError, id: &str) -> ApiError {
         LifecycleError::Illegal(step) => {
             ApiError::Conflict(format!("This cannot be done: {step}."))
         }
+        LifecycleError::IllegalForMission(step) => {
+            ApiError::Conflict(format!("This cannot be done: {step}."))
+        }
         LifecycleError::Conflict(sentence) => ApiError::Conflict(sentence),
+        LifecycleError::Missing(sentence) => ApiError::NotFound(sentence),
+        LifecycleError::Faults(faults) => ApiError::faults(faults),
         LifecycleError::Invalid { param, message } => ApiError::invalid(param, message),
     }
 }
@@ -249,8 +264,8 @@ pub async fn list_tasks(
     let size = page.size()?;
     let filter = TaskFilter {
         status: status_of(query.status.as_deref())?,
-        group: query.group.as_deref(),
         assign_to: query.assign_to.as_deref(),
+        ..grouped(query.group.as_deref())
     };
     let tasks = db.tasks(filter, page.after()?, size).await?;
     let mut kept = form_urlencoded::Serializer::new(String::new());
@@ -315,8 +330,7 @@ pub async fn delete_tasks(
     } else {
         TaskFilter {
             status,
-            group: query.group.as_deref(),
-            assign_to: None,
+            ..grouped(query.group.as_deref())
         }
     };
     let deleted = lifecycle::delete_all(&db, filter)

@@ -2,8 +2,8 @@
 //!
 //! The API and the engine both act through here, so that a rule of contract 2.6 is written once.
 //!
-//! Rows are locked in one order, so that deeds wait for each other and never in a circle: tasks by their ids, then
-//! approvals, jobs, agents, settings, and the head of the event log at the commit.
+//! Rows are locked in one order, so that deeds wait for each other and never in a circle: tasks by their ids, then a mission's
+//! run, the mission, its schedule and barriers, then approvals, jobs, agents, settings, and the head of the event log at the commit.
 
 use std::time::Duration;
 
@@ -17,7 +17,9 @@ use crate::task::{IllegalStep, Status, Task};
 mod approve;
 mod create;
 mod finish;
+pub mod mission;
 mod operate;
+pub mod schedule;
 
 pub use approve::{NotResolved, approve, expire, reject, request_approval};
 pub use create::{NewTask, create};
@@ -35,9 +37,18 @@ pub enum LifecycleError {
     /// The status machine does not have this step.
     #[error(transparent)]
     Illegal(#[from] IllegalStep),
+    /// A mission's status machine does not have this step.
+    #[error(transparent)]
+    IllegalForMission(#[from] crate::mission::IllegalStep),
     /// It clashes with what is there; a sentence.
     #[error("{0}")]
     Conflict(String),
+    /// There is no such part of it; a sentence.
+    #[error("{0}")]
+    Missing(String),
+    /// A definition cannot be used: every fault.
+    #[error("the definition is faulty")]
+    Faults(Vec<String>),
     /// A parameter is wrong.
     #[error("{message}")]
     Invalid {
@@ -54,13 +65,14 @@ pub type Result<T> = std::result::Result<T, LifecycleError>;
 /// How long a job waits that is due at once.
 const NOW: Duration = Duration::ZERO;
 
-/// Stores a task, and frees its agent's place if it has left it.
+/// Stores a task, has its mission follow, and frees its agent's place if it has left it.
 ///
 /// # Errors
 /// When the database refuses; constraint `tasks_title_key`.
 pub async fn save(tx: &mut ProjectTx, db: &ProjectDb, task: &mut Task) -> Result<()> {
     let left = task.has_left_its_agent();
     tx.save_task(task).await?;
+    mission::follow(tx, db, task).await?;
     if left {
         leave(tx, db, &task.assign_to).await?;
     }

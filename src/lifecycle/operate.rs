@@ -40,6 +40,13 @@ fn wrong_state(task: &Task, deed: &str) -> LifecycleError {
 
 /// Owes a pending task what it can have: its turn, a verdict, or nothing while its needs are not met.
 async fn owe_if_ready(tx: &mut ProjectTx, task: &Task) -> Result<()> {
+    if let Some(place) = task.mission {
+        // Under the run's lock, so that what it waits for cannot end or pass unseen.
+        tx.lock_mission_run(place).await?;
+        if tx.is_held_back(task.id).await? {
+            return Ok(());
+        }
+    }
     let unmet = tx.unmet_needs(task.id).await?;
     if unmet.is_empty() {
         owe(tx, task, NOW).await
@@ -279,6 +286,18 @@ pub async fn retry(db: &ProjectDb, id: Id<ids::Task>) -> Result<Task> {
     if task.status() != Status::Failed {
         return Err(wrong_state(&task, "retried; only a failed one can"));
     }
+    begin_retry_by_hand(&mut tx, &mut task).await?;
+    let title = task.title.clone();
+    match save(&mut tx, db, &mut task).await {
+        Err(LifecycleError::Store(error)) => return Err(taken(error, &title)),
+        result => result?,
+    }
+    tx.commit().await?;
+    Ok(task)
+}
+
+/// Takes a failed task up again, whatever its limit. It must be stored after this.
+pub(super) async fn begin_retry_by_hand(tx: &mut ProjectTx, task: &mut Task) -> Result<()> {
     task.go(Status::Pending)?;
     task.document.fix_attempts = 0;
     task.document.escalation_level = None;
@@ -287,17 +306,10 @@ pub async fn retry(db: &ProjectDb, id: Id<ids::Task>) -> Result<Task> {
         .document
         .deadline
         .is_some_and(|deadline| deadline < Utc::now());
-    if let Some(pause) = next_look(&task, Utc::now()) {
+    if let Some(pause) = next_look(task, Utc::now()) {
         tx.enqueue(Job::Deadline(task.id), 1.0, pause).await?;
     }
-    owe_if_ready(&mut tx, &task).await?;
-    let title = task.title.clone();
-    match save(&mut tx, db, &mut task).await {
-        Err(LifecycleError::Store(error)) => return Err(taken(error, &title)),
-        result => result?,
-    }
-    tx.commit().await?;
-    Ok(task)
+    owe_if_ready(tx, task).await
 }
 
 /// Has finished work judged again.
@@ -355,12 +367,13 @@ async fn remove(
 ) -> Result<u64> {
     let mut tx = db.begin().await?;
     let gone = tx.delete_tasks(filter, only).await?;
-    for id in &gone {
+    for task in &gone {
         tx.emit(Event::new(
             "task:removed",
-            serde_json::json!({"taskId": id}),
+            serde_json::json!({"taskId": task.id}),
         ));
     }
+    super::mission::tasks_removed(&mut tx, db, &gone).await?;
     if !gone.is_empty() {
         // Places may have come free; who waits looks for itself.
         tx.unpark_all().await?;

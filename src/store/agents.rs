@@ -173,6 +173,69 @@ impl ProjectTx {
         Ok(stored.into())
     }
 
+    /// The names and ids of the agents that are called by one of these, names or ids.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn agents_named(
+        &mut self,
+        names_or_ids: &[String],
+    ) -> Result<Vec<(String, Id<Agent>)>> {
+        let ids: Vec<Uuid> = names_or_ids
+            .iter()
+            .filter_map(|id| id.parse::<Id<Agent>>().ok().map(Id::uuid))
+            .collect();
+        let rows = sqlx::query!(
+            "select name, id from agents where project_id = $1 and (name = any($2) or id = any($3)) order by name",
+            self.db.project,
+            names_or_ids,
+            &ids
+        )
+        .fetch_all(&mut *self.tx)
+        .await?;
+        Ok(rows
+            .into_iter()
+            .map(|row| (row.name, row.id.into()))
+            .collect())
+    }
+
+    /// The agents that a mission's run brought along, held until the commit.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn volatile_agents(&mut self, group: &str) -> Result<Vec<AgentRow>> {
+        let stored = sqlx::query_as!(
+            Stored,
+            r#"select id, name, team, definition as "definition: Json<Map<String, Value>>", created_at, updated_at
+            from agents
+            where project_id = $1 and definition ->> 'missionGroup' = $2 and definition -> 'volatile' = 'true'::jsonb
+            order by name
+            for update"#,
+            self.db.project,
+            group
+        )
+        .fetch_all(&mut *self.tx)
+        .await?;
+        Ok(stored.into_iter().map(AgentRow::from).collect())
+    }
+
+    /// The group of some unfinished task of an agent: its own title when it has none.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn unfinished_group(&mut self, agent: &str) -> Result<Option<String>> {
+        Ok(sqlx::query_scalar!(
+            r#"select coalesce(group_label, title) as "group!" from tasks
+            where project_id = $1 and assign_to = $2 and status not in ('done', 'failed')
+            order by id
+            limit 1"#,
+            self.db.project,
+            agent
+        )
+        .fetch_optional(&mut *self.tx)
+        .await?)
+    }
+
     /// Puts an agent's fields and team in place of the earlier ones.
     ///
     /// # Errors

@@ -12,7 +12,7 @@ use sqlx::PgConnection;
 use uuid::Uuid;
 
 use super::{Db, ProjectDb, ProjectTx, Result, StoreError, World, to_micros};
-use crate::ids::{Approval, Id, Task};
+use crate::ids::{Approval, Barrier, Id, Mission, Schedule, Task};
 
 /// How long a claimer that says nothing keeps a job (design 0.1, Leases).
 pub const LEASE: Duration = Duration::from_secs(10);
@@ -32,6 +32,12 @@ pub enum Job {
     Escalation(Id<Task>),
     /// Answer an approval that nobody answered.
     Approval(Id<Approval>),
+    /// Let go of what a delay holds back.
+    Delay(Id<Barrier>),
+    /// Look at a mission's deadline.
+    MissionDeadline(Id<Mission>),
+    /// Begin a mission's next run.
+    Schedule(Id<Schedule>),
 }
 
 impl Job {
@@ -43,6 +49,9 @@ impl Job {
             Self::Deadline(task) => ("deadline", task.uuid()),
             Self::Escalation(task) => ("escalation", task.uuid()),
             Self::Approval(approval) => ("approval", approval.uuid()),
+            Self::Delay(barrier) => ("delay", barrier.uuid()),
+            Self::MissionDeadline(mission) => ("mission_deadline", mission.uuid()),
+            Self::Schedule(schedule) => ("schedule", schedule.uuid()),
         }
     }
 
@@ -54,6 +63,9 @@ impl Job {
             "deadline" => Self::Deadline(subject.into()),
             "escalation" => Self::Escalation(subject.into()),
             "approval" => Self::Approval(subject.into()),
+            "delay" => Self::Delay(subject.into()),
+            "mission_deadline" => Self::MissionDeadline(subject.into()),
+            "schedule" => Self::Schedule(subject.into()),
             _ => return None,
         })
     }

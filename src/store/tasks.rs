@@ -8,7 +8,7 @@ use uuid::Uuid;
 use super::{Job, ProjectDb, ProjectTx, Result, StoreError, Topic, to_micros};
 use crate::event::Event;
 use crate::ids::{self, Id};
-use crate::task::{Document, Status, Task};
+use crate::task::{Document, Place, Status, Task};
 
 /// Which tasks are asked for; `None` asks for all.
 #[derive(Debug, Clone, Copy, Default)]
@@ -19,6 +19,8 @@ pub struct TaskFilter<'a> {
     pub group: Option<&'a str>,
     /// Those of this agent.
     pub assign_to: Option<&'a str>,
+    /// Those of this mission.
+    pub mission: Option<Id<ids::Mission>>,
 }
 
 /// Something that must be done before a task.
@@ -32,25 +34,43 @@ pub struct Need {
     pub title: Option<String>,
 }
 
-struct Stored {
-    id: Uuid,
-    title: String,
-    assign_to: String,
-    status: String,
-    held: bool,
-    group_label: Option<String>,
-    run_id: Option<Uuid>,
-    document: Json<Document>,
-    created_at: DateTime<Utc>,
-    updated_at: DateTime<Utc>,
+/// A task that was removed.
+#[derive(Debug, Clone, Copy)]
+pub struct DeletedTask {
+    /// Its id.
+    pub id: Id<ids::Task>,
+    /// The mission's run that it belonged to.
+    pub place: Option<Place>,
+}
+
+pub(super) struct Stored {
+    pub(super) id: Uuid,
+    pub(super) title: String,
+    pub(super) assign_to: String,
+    pub(super) status: String,
+    pub(super) held: bool,
+    pub(super) group_label: Option<String>,
+    pub(super) run_id: Option<Uuid>,
+    pub(super) mission_id: Option<Uuid>,
+    pub(super) mission_run: Option<i32>,
+    pub(super) document: Json<Document>,
+    pub(super) created_at: DateTime<Utc>,
+    pub(super) updated_at: DateTime<Utc>,
 }
 
 impl Stored {
-    fn into_task(self) -> Task {
+    pub(super) fn into_task(self) -> Task {
         let mut task = Task::new(self.title, self.assign_to, self.document.0, self.created_at);
         task.id = self.id.into();
         task.held = self.held;
         task.group = self.group_label;
+        task.mission = self
+            .mission_id
+            .zip(self.mission_run)
+            .map(|(mission, run)| Place {
+                mission: mission.into(),
+                run,
+            });
         task.run = self.run_id.map(Id::from);
         task.updated_at = self.updated_at;
         // The column's check admits these words only.
@@ -66,7 +86,7 @@ impl ProjectDb {
     pub async fn task(&self, id: Id<ids::Task>) -> Result<Task> {
         let stored = sqlx::query_as!(
             Stored,
-            r#"select id, title, assign_to, status, held, group_label, run_id, document as "document: Json<Document>", created_at, updated_at
+            r#"select id, title, assign_to, status, held, group_label, run_id, mission_id, mission_run, document as "document: Json<Document>", created_at, updated_at
             from tasks where project_id = $1 and id = $2"#,
             self.project,
             id.uuid()
@@ -88,20 +108,22 @@ impl ProjectDb {
     ) -> Result<Vec<Task>> {
         let stored = sqlx::query_as!(
             Stored,
-            r#"select id, title, assign_to, status, held, group_label, run_id, document as "document: Json<Document>", created_at, updated_at
+            r#"select id, title, assign_to, status, held, group_label, run_id, mission_id, mission_run, document as "document: Json<Document>", created_at, updated_at
             from tasks
             where project_id = $1
               and ($2::text is null or status = $2)
               and ($3::text is null or group_label = $3)
               and ($4::text is null or assign_to = $4)
               and ($5::uuid is null or id > $5)
+              and ($6::uuid is null or mission_id = $6)
             order by id
-            limit $6"#,
+            limit $7"#,
             self.project,
             filter.status.map(Status::as_str),
             filter.group,
             filter.assign_to,
             after.map(Id::uuid),
+            filter.mission.map(Id::uuid),
             limit
         )
         .fetch_all(&self.pool)
@@ -152,7 +174,7 @@ impl ProjectTx {
         let row = sqlx::query!(
             "select id, status, title from tasks
             where project_id = $1 and (id = $2 or title = $3)
-            order by (id = $2) desc, (status in ('done', 'failed')), id desc
+            order by (id = $2) desc, (mission_id is not null), (status in ('done', 'failed')), id desc
             limit 1
             for share",
             self.db.project,
@@ -213,7 +235,7 @@ impl ProjectTx {
     pub async fn lock_task(&mut self, id: Id<ids::Task>) -> Result<Task> {
         let stored = sqlx::query_as!(
             Stored,
-            r#"select id, title, assign_to, status, held, group_label, run_id, document as "document: Json<Document>", created_at, updated_at
+            r#"select id, title, assign_to, status, held, group_label, run_id, mission_id, mission_run, document as "document: Json<Document>", created_at, updated_at
             from tasks where project_id = $1 and id = $2
             for no key update"#,
             self.db.project,
@@ -224,7 +246,7 @@ impl ProjectTx {
         Ok(stored.into_task())
     }
 
-    /// Stores a changed task with what has happened to it, and wakes those that need it when it has ended.
+    /// Stores a changed task with what has happened to it. When it has ended, those outside of missions that need it are woken.
     ///
     /// # Errors
     /// Constraint `tasks_title_key`.
@@ -248,19 +270,23 @@ impl ProjectTx {
         let events = task.take_events();
         let ended = events.iter().any(|event| event.name == "task:transition");
         self.events.extend(events);
-        if ended && task.status().is_terminal() {
+        // Within a mission there is more to it: `lifecycle::save`.
+        if ended && task.status().is_terminal() && task.mission.is_none() {
             self.wake_dependents(task).await?;
         }
         Ok(())
     }
 
-    /// Owes the tasks that can begin now, or a verdict on those that cannot any more.
-    async fn wake_dependents(&mut self, task: &Task) -> Result<()> {
+    /// Owes the tasks outside of missions that can begin now, or a verdict on those that cannot any more.
+    ///
+    /// # Errors
+    /// When the database refuses.
+    pub async fn wake_dependents(&mut self, task: &Task) -> Result<()> {
         // Held until the commit: of two needs that end at once, the second to get here sees the first.
         let waiting = sqlx::query_scalar!(
             "select t.id from tasks t
             join dependencies d on d.project_id = t.project_id and d.task_id = t.id
-            where t.project_id = $1 and d.needs_id = $2 and t.status = 'pending'
+            where t.project_id = $1 and d.needs_id = $2 and t.status = 'pending' and t.mission_id is null
             order by t.id
             for no key update of t",
             self.db.project,
@@ -383,26 +409,42 @@ impl ProjectTx {
         &mut self,
         filter: TaskFilter<'_>,
         only: Option<Id<ids::Task>>,
-    ) -> Result<Vec<Id<ids::Task>>> {
-        let gone = sqlx::query_scalar!(
-            "select id from tasks
+    ) -> Result<Vec<DeletedTask>> {
+        let gone = sqlx::query!(
+            "select id, mission_id, mission_run from tasks
             where project_id = $1
               and ($2::uuid is null or id = $2)
               and ($3::text is null or status = $3)
               and ($4::text is null or group_label = $4)
+              and ($5::uuid is null or mission_id = $5)
             order by id
             limit 1000
             for update",
             self.db.project,
             only.map(Id::uuid),
             filter.status.map(Status::as_str),
-            filter.group
+            filter.group,
+            filter.mission.map(Id::uuid)
         )
         .fetch_all(&mut *self.tx)
         .await?;
         if gone.is_empty() {
             return Ok(Vec::new());
         }
+        let deleted = gone
+            .iter()
+            .map(|row| DeletedTask {
+                id: row.id.into(),
+                place: row
+                    .mission_id
+                    .zip(row.mission_run)
+                    .map(|(mission, run)| Place {
+                        mission: mission.into(),
+                        run,
+                    }),
+            })
+            .collect();
+        let gone: Vec<Uuid> = gone.into_iter().map(|row| row.id).collect();
         sqlx::query!(
             "delete from jobs
             where project_id = $1
@@ -443,7 +485,7 @@ impl ProjectTx {
                 .await?;
         }
         self.stops.extend(&gone);
-        Ok(gone.into_iter().map(Id::from).collect())
+        Ok(deleted)
     }
 
     /// Tells whichever process runs a task to stop that run, after the commit.

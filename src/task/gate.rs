@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::Task;
+use super::expression::{check_expression, holds};
 
 /// Where a gate can stand.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
@@ -127,9 +128,6 @@ pub struct Gate {
 /// Rejections of one task when a gate says nothing of it.
 const MAX_REVISIONS: u32 = 3;
 
-/// The longest expression, in bytes.
-const LONGEST: usize = 2048;
-
 impl Gate {
     /// The gate that every task with `sideEffects` passes before it is done.
     pub fn side_effects() -> Self {
@@ -159,16 +157,8 @@ impl Gate {
         }
         match &self.condition {
             None => Ok(()),
-            Some(condition) if condition.expression.len() > LONGEST => Err(format!(
-                "`condition.expression` is longer than {LONGEST} bytes."
-            )),
-            Some(condition) => cel::Program::compile(&condition.expression)
-                .map(drop)
-                .map_err(|error| {
-                    let reason = error.to_string();
-                    let line = reason.lines().next().unwrap_or_default().to_owned();
-                    format!("`condition.expression` is not CEL: {line}")
-                }),
+            Some(condition) => check_expression(&condition.expression)
+                .map_err(|reason| format!("`condition.expression`: {reason}.")),
         }
     }
 
@@ -178,7 +168,7 @@ impl Gate {
         let holds = self
             .condition
             .as_ref()
-            .map(|condition| evaluate(&condition.expression, context));
+            .map(|condition| holds(&condition.expression, context));
         match (self.handler, holds) {
             (GateHandler::Human, None) => true,
             (GateHandler::Auto, None) => false,
@@ -212,21 +202,6 @@ impl Gate {
 /// What expressions can see of a task.
 pub fn context(task: &Task, hook: Hook, data: &Value) -> Value {
     json!({"data": data, "task": task.view(), "mission": {}, "hook": hook.as_str()})
-}
-
-fn evaluate(expression: &str, context: &Value) -> Result<bool, String> {
-    let program = cel::Program::compile(expression).map_err(|error| error.to_string())?;
-    let mut variables = cel::Context::default();
-    for name in ["data", "task", "mission"] {
-        variables
-            .add_variable(name, &context[name])
-            .map_err(|error| error.to_string())?;
-    }
-    match program.execute(&variables) {
-        Ok(cel::Value::Bool(holds)) => Ok(holds),
-        Ok(other) => Err(format!("it is {:?} and not true or false", other.type_of())),
-        Err(error) => Err(error.to_string()),
-    }
 }
 
 #[cfg(test)]

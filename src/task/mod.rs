@@ -11,6 +11,7 @@ use crate::event::{Event, timestamp};
 use crate::ids::{self, Id};
 
 mod expectation;
+mod expression;
 mod gate;
 mod policy;
 mod review;
@@ -20,6 +21,7 @@ mod status;
 pub use expectation::{
     Confidence, Dimension, Expectation, ExpectedOutcome, Outcome, OutcomeKind, refuse_metrics,
 };
+pub use expression::{check_expression, holds};
 pub use gate::{Gate, GateHandler, Hook, ON_TIMEOUT, OnTimeout, context};
 pub use policy::{Failure, Follow, Level, backoff};
 pub use review::{
@@ -27,7 +29,9 @@ pub use review::{
     assessment, default_dimensions, instructions, judge, material, may_correct_threshold,
     read_answer,
 };
-pub use settings::{Escalation, EscalationLevel, Handler, Settings, SettingsError, Violation};
+pub use settings::{
+    Cleanup, Escalation, EscalationLevel, Handler, Settings, SettingsError, Violation,
+};
 pub use status::{Bypass, IllegalStep, Status};
 
 /// What goes on in a task (contract 2.6.1); absent when nothing does.
@@ -222,6 +226,15 @@ mod stored_expectations {
     }
 }
 
+/// The run of a mission that a task belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Place {
+    /// The mission.
+    pub mission: Id<ids::Mission>,
+    /// The number of its run, from 1.
+    pub run: i32,
+}
+
 /// A task, and what has happened to it since it was read.
 #[derive(Debug, Clone)]
 pub struct Task {
@@ -235,6 +248,8 @@ pub struct Task {
     pub held: bool,
     /// A label that it shares with others.
     pub group: Option<String>,
+    /// The mission that it belongs to.
+    pub mission: Option<Place>,
     /// Its last run.
     pub run: Option<Id<ids::Run>>,
     /// The rest.
@@ -258,6 +273,7 @@ impl Task {
             assign_to,
             held: false,
             group: None,
+            mission: None,
             run: None,
             document,
             created_at: now,
@@ -279,6 +295,11 @@ impl Task {
     /// Whether an agent was at it when it was read, and is no more.
     pub fn has_left_its_agent(&self) -> bool {
         self.was.is_active() && !self.status.is_active()
+    }
+
+    /// Whether it had ended when it was read, and has been taken up again.
+    pub fn was_taken_up_again(&self) -> bool {
+        self.was.is_terminal() && !self.status.is_terminal()
     }
 
     /// Where it stands.
@@ -413,6 +434,7 @@ impl Task {
         let optional = [
             ("phase", json!(document.phase)),
             ("group", json!(self.group)),
+            ("missionId", json!(self.mission.map(|place| place.mission))),
             ("originalDescription", json!(document.original_description)),
             ("expectedOutcomes", json!(document.expected_outcomes)),
             ("maxDuration", json!(document.max_duration)),

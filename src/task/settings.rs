@@ -40,6 +40,12 @@ pub struct Settings {
     pub escalation_policy: Option<Escalation>,
     /// Where people must say yes.
     pub approval_gates: Vec<Gate>,
+    /// Whether missions bring the agents of their teams along.
+    pub enable_volatile_teams: bool,
+    /// When those agents go.
+    pub volatile_cleanup: Cleanup,
+    /// Whether schedules begin missions.
+    pub enable_scheduler: bool,
 }
 
 impl Default for Settings {
@@ -60,8 +66,22 @@ impl Default for Settings {
             violation_action: Violation::Notify,
             escalation_policy: None,
             approval_gates: Vec::new(),
+            enable_volatile_teams: true,
+            volatile_cleanup: Cleanup::OnComplete,
+            enable_scheduler: true,
         }
     }
+}
+
+/// When the agents that a mission brought along go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+#[schema(as = VolatileCleanup)]
+pub enum Cleanup {
+    /// When its run ends.
+    OnComplete,
+    /// When someone deletes them.
+    Manual,
 }
 
 /// What happens when a deadline passes.

@@ -16,7 +16,7 @@ use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
 use crate::app::App;
-use crate::lifecycle::LifecycleError;
+use crate::lifecycle::{self, LifecycleError};
 use crate::store::{Holder, Job, Lease, StoreError, Topic, World, until};
 
 mod ask;
@@ -25,6 +25,7 @@ mod execution;
 mod judge;
 mod question;
 mod record;
+mod schedule;
 mod task;
 mod timers;
 
@@ -327,6 +328,9 @@ impl Held {
             Job::Deadline(id) => timers::deadline(self, id).await,
             Job::Escalation(id) => timers::escalation(self, id).await,
             Job::Approval(id) => timers::approval(self, id).await,
+            Job::Delay(id) => timers::delay(self, id).await,
+            Job::MissionDeadline(id) => Ok(lifecycle::mission::deadline(&self.lease, id).await?),
+            Job::Schedule(id) => schedule::fire(self, id).await,
         }
     }
 }

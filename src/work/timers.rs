@@ -97,3 +97,12 @@ pub(super) async fn approval(held: &Held, id: Id<Approval>) -> Result<()> {
     tx.commit().await?;
     Ok(())
 }
+
+/// A delay between a mission's tasks is over.
+pub(super) async fn delay(held: &Held, id: Id<ids::Barrier>) -> Result<()> {
+    let mut tx = held.lease.db.begin().await?;
+    lifecycle::mission::delay_over(&mut tx, id).await?;
+    tx.complete(&held.lease).await?;
+    tx.commit().await?;
+    Ok(())
+}

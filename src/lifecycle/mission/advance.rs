@@ -1,0 +1,312 @@
+//! How a run advances: what a task's end wakes, and what happens when a barrier is reached (contract 2.8.4 to 2.8.6).
+
+use chrono::Utc;
+use serde_json::{Value, json};
+
+use super::super::{LifecycleError, Result};
+use super::finish::finish;
+use super::{go_on_if_nothing_pauses, next_look};
+use crate::event::timestamp;
+use crate::ids::{self, Id};
+use crate::mission::{Barrier, BarrierKind, BarrierList, Mission, Status, TaskEnd};
+use crate::store::{
+    BarrierRow, BarrierState, DeletedTask, Job, MissionRunRow, ProjectDb, ProjectTx,
+};
+use crate::task::{Place, Task};
+
+/// What follows for its mission when a task has ended or was taken up again. To be called when the task is stored. What it costs
+/// grows with what became ready, not with the size of the mission.
+pub(in super::super) async fn follow(
+    tx: &mut ProjectTx,
+    db: &ProjectDb,
+    task: &Task,
+) -> Result<()> {
+    let Some(place) = task.mission else {
+        return Ok(());
+    };
+    if task.status().is_terminal() {
+        ended(tx, db, task, place).await
+    } else if task.was_taken_up_again() {
+        taken_up_again(tx, task, place).await
+    } else {
+        Ok(())
+    }
+}
+
+async fn ended(tx: &mut ProjectTx, db: &ProjectDb, task: &Task, place: Place) -> Result<()> {
+    let run = tx.lock_mission_run(place).await?;
+    if run.ended_at.is_some() {
+        tx.wake_dependents(task).await?;
+        return Ok(());
+    }
+    tx.wake_tasks_of_run(place, Some(task.id), &[]).await?;
+    let outlook = tx.outlook(place, task.id).await?;
+    if outlook.outside {
+        tx.wake_dependents(task).await?;
+    }
+    if outlook.barriers {
+        reach(tx, db, &run, task.id).await?;
+    }
+    if !outlook.unfinished {
+        finish(tx, db, run, None).await?;
+    }
+    Ok(())
+}
+
+/// A failed task is tried again: its mission, if it had ended, is under way again, and closed gates wait for the task.
+async fn taken_up_again(tx: &mut ProjectTx, task: &Task, place: Place) -> Result<()> {
+    let mut run = tx.lock_mission_run(place).await?;
+    let mut mission = tx.lock_mission(place.mission).await?;
+    let reopened = tx.reopen_gates(place, task.id).await?;
+    if run.ended_at.is_some() {
+        let newest = mission.execution_count == place.run;
+        let waits = matches!(
+            mission.status(),
+            Status::Failed | Status::Recurring | Status::Scheduled
+        );
+        if !newest || !waits {
+            return Err(LifecycleError::Conflict(format!(
+                "This task belongs to a run of the mission \"{}\", which is `{}`, that is over. Execute the mission again.",
+                mission.name,
+                mission.status()
+            )));
+        }
+        open_again(tx, &mut run, &mut mission).await?;
+    } else if reopened > 0 {
+        go_on_if_nothing_pauses(tx, &run, &mut mission).await?;
+    }
+    tx.save_mission(&mut mission).await?;
+    Ok(())
+}
+
+/// A run that had ended goes on, from where its barriers stand.
+pub(super) async fn open_again(
+    tx: &mut ProjectTx,
+    run: &mut MissionRunRow,
+    mission: &mut Mission,
+) -> Result<()> {
+    let now = Utc::now();
+    run.ended_at = None;
+    run.report = None;
+    // A deadline that has passed was told of.
+    run.deadline = run.deadline.filter(|deadline| *deadline > now);
+    tx.save_mission_run(run, None).await?;
+    if let Some(deadline) = run.deadline {
+        let pause = next_look(deadline, run.started_at, run.sla_warned, now);
+        tx.enqueue(Job::MissionDeadline(mission.id), URGENT, pause)
+            .await?;
+    }
+    for delay in tx.begun_delays(run.place).await? {
+        let left = delay.expires_at.map(|at| crate::store::until(at, now));
+        tx.enqueue(Job::Delay(delay.id), URGENT, left.unwrap_or_default())
+            .await?;
+    }
+    mission.go(Status::Active, None)?;
+    let pausing = tx.pausing_barriers(run.place).await?;
+    if let Some(barrier) = pausing.first() {
+        mission.go(Status::Paused, Some(pauses(barrier)))?;
+    }
+    Ok(())
+}
+
+/// Timers go before tasks: they take no time.
+pub(super) const URGENT: f64 = 1e9;
+
+/// Why a barrier pauses its mission, in a sentence.
+pub(super) fn pauses(barrier: &BarrierRow) -> String {
+    match (&barrier.reason, barrier.list) {
+        (Some(reason), _) => format!("Quality gate \"{}\" is closed: {reason}", barrier.name),
+        (None, _) => format!("Checkpoint \"{}\" was reached.", barrier.name),
+    }
+}
+
+/// Whatever is reached now that a task has ended. The run must be held.
+async fn reach(
+    tx: &mut ProjectTx,
+    db: &ProjectDb,
+    run: &MissionRunRow,
+    ended: Id<ids::Task>,
+) -> Result<()> {
+    let reached = tx.barriers_reached(run.place, ended).await?;
+    if reached.is_empty() {
+        return Ok(());
+    }
+    let mut mission = tx.lock_mission(run.place.mission).await?;
+    for barrier in reached {
+        match (barrier.list, barrier.state) {
+            (BarrierList::Delays, _) => begin_delay(tx, &mut mission, barrier).await?,
+            (BarrierList::Checkpoints, _) => stop_at_checkpoint(tx, &mut mission, barrier).await?,
+            (BarrierList::Gates, _) => judge_gate(tx, db, run, &mut mission, barrier).await?,
+        }
+    }
+    tx.save_mission(&mut mission).await?;
+    Ok(())
+}
+
+async fn begin_delay(
+    tx: &mut ProjectTx,
+    mission: &mut Mission,
+    mut barrier: BarrierRow,
+) -> Result<()> {
+    let pause = Barrier::of_view(barrier.list, &barrier.document)
+        .and_then(|barrier| barrier.pause())
+        .unwrap_or_default();
+    let now = Utc::now();
+    let expires_at = now + pause;
+    barrier.state = BarrierState::Active;
+    barrier.reached_at = Some(now);
+    barrier.expires_at = Some(expires_at);
+    tx.save_barrier(&barrier).await?;
+    tx.enqueue(Job::Delay(barrier.id), URGENT, pause).await?;
+    let document = &barrier.document;
+    mission.tell(
+        "delay:started",
+        json!({
+            "group": barrier.group, "delayName": barrier.name, "duration": document["duration"],
+            "message": document["message"], "afterTasks": document["afterTasks"], "blocksTasks": document["blocksTasks"],
+            "startedAt": timestamp(now), "expiresAt": timestamp(expires_at),
+        }),
+    );
+    Ok(())
+}
+
+async fn stop_at_checkpoint(
+    tx: &mut ProjectTx,
+    mission: &mut Mission,
+    mut barrier: BarrierRow,
+) -> Result<()> {
+    let now = Utc::now();
+    barrier.state = BarrierState::Active;
+    barrier.reached_at = Some(now);
+    tx.save_barrier(&barrier).await?;
+    let document = &barrier.document;
+    mission.tell(
+        "checkpoint:reached",
+        json!({
+            "group": barrier.group, "checkpointName": barrier.name, "message": document["message"],
+            "afterTasks": document["afterTasks"], "blocksTasks": document["blocksTasks"], "reachedAt": timestamp(now),
+        }),
+    );
+    pause_for(mission, &barrier)
+}
+
+fn pause_for(mission: &mut Mission, barrier: &BarrierRow) -> Result<()> {
+    if mission.status() == Status::Active {
+        mission.go(Status::Paused, Some(pauses(barrier)))?;
+    }
+    Ok(())
+}
+
+async fn judge_gate(
+    tx: &mut ProjectTx,
+    db: &ProjectDb,
+    run: &MissionRunRow,
+    mission: &mut Mission,
+    mut barrier: BarrierRow,
+) -> Result<()> {
+    let Some(BarrierKind::Gate(gate)) =
+        Barrier::of_view(barrier.list, &barrier.document).map(|barrier| barrier.kind)
+    else {
+        return Ok(());
+    };
+    let ends: Vec<TaskEnd> = tx
+        .followed_tasks(barrier.id)
+        .await?
+        .iter()
+        .map(TaskEnd::of)
+        .collect();
+    let seen = seen_of(db, run, mission).await?;
+    let judgement = gate.judge(&ends, &seen);
+    if let Some(reason) = judgement.closed {
+        if barrier.reason.as_ref() != Some(&reason) {
+            mission.tell(
+                "quality:gate:failed",
+                json!({"group": barrier.group, "gateName": barrier.name, "avgScore": judgement.mean, "reason": reason}),
+            );
+        }
+        barrier.state = BarrierState::Failed;
+        barrier.reason = Some(reason);
+        barrier.reached_at.get_or_insert_with(Utc::now);
+        tx.save_barrier(&barrier).await?;
+        return pause_for(mission, &barrier);
+    }
+    pass(
+        tx,
+        mission,
+        &mut barrier,
+        json!({"avgScore": judgement.mean}),
+    )
+    .await?;
+    go_on_if_nothing_pauses(tx, run, mission).await
+}
+
+/// What conditions can see of a mission.
+async fn seen_of(db: &ProjectDb, run: &MissionRunRow, mission: &Mission) -> Result<Value> {
+    let mut seen =
+        json!({"id": mission.id, "name": mission.name, "group": run.group, "run": run.place.run});
+    let context = db.mission_context(run.place).await?;
+    seen["data"] = context.get("data").cloned().unwrap_or_else(|| json!({}));
+    Ok(seen)
+}
+
+/// A barrier holds nothing back any more, in this run. The run must be held, and the mission stored after this.
+pub(super) async fn pass(
+    tx: &mut ProjectTx,
+    mission: &mut Mission,
+    barrier: &mut BarrierRow,
+    others: Value,
+) -> Result<()> {
+    barrier.state = BarrierState::Passed;
+    barrier.reason = None;
+    tx.save_barrier(barrier).await?;
+    tx.free_held_tasks(barrier).await?;
+    let (event, name) = match barrier.list {
+        BarrierList::Checkpoints => ("checkpoint:resumed", "checkpointName"),
+        BarrierList::Gates => ("quality:gate:passed", "gateName"),
+        BarrierList::Delays => ("delay:expired", "delayName"),
+    };
+    let mut told = json!({"group": barrier.group, name: barrier.name});
+    if let (Some(told), Value::Object(others)) = (told.as_object_mut(), others) {
+        told.extend(others);
+    }
+    mission.tell(event, told);
+    Ok(())
+}
+
+/// A delay's time is over. Nothing happens when it is not under way any more.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn delay_over(tx: &mut ProjectTx, id: Id<ids::Barrier>) -> Result<()> {
+    let place = tx.barrier(id).await?.place;
+    let run = tx.lock_mission_run(place).await?;
+    let mut barrier = tx.barrier(id).await?;
+    if run.ended_at.is_some() || barrier.state != BarrierState::Active {
+        return Ok(());
+    }
+    let mut mission = tx.lock_mission(place.mission).await?;
+    pass(tx, &mut mission, &mut barrier, json!({})).await?;
+    tx.save_mission(&mut mission).await?;
+    Ok(())
+}
+
+/// Tasks of missions are gone: what waited for them is judged, and a run that has none left to wait for ends.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn tasks_removed(
+    tx: &mut ProjectTx,
+    db: &ProjectDb,
+    removed: &[DeletedTask],
+) -> Result<()> {
+    let mut places: Vec<Place> = removed.iter().filter_map(|task| task.place).collect();
+    places.sort_by_key(|place| (place.mission, place.run));
+    places.dedup();
+    for place in places {
+        let run = tx.lock_mission_run(place).await?;
+        if run.ended_at.is_none() && !tx.has_unfinished(place).await? {
+            finish(tx, db, run, None).await?;
+        }
+    }
+    Ok(())
+}

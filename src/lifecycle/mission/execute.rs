@@ -1,0 +1,301 @@
+//! The beginning of a run (contract 2.8.3): agents, tasks, barriers and the first jobs, in one commit.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use chrono::{DateTime, Duration, Utc};
+use serde_json::{Value, json};
+
+use super::super::approve::request_approval;
+use super::super::{LifecycleError, Result};
+use super::advance::URGENT;
+use super::{next_look, wrong_state};
+use crate::ids::{self, Id};
+use crate::mission::{Document, Mission, Plan, Status, TaskDefinition, Team, group};
+use crate::store::{Job, NewAgent, NewBarrier, NewMissionRun, ProjectDb, ProjectTx, ScheduleRow};
+use crate::task::{
+    Bypass, Document as TaskDocument, Expectation, Gate, Hook, Place, Settings,
+    Status as TaskStatus, Task, context,
+};
+
+/// A run that has begun.
+#[derive(Debug)]
+pub struct Execution {
+    /// Its tasks, each after what it needs.
+    pub tasks: Vec<Task>,
+    /// Their label.
+    pub group: String,
+    /// Which run it is.
+    pub place: Place,
+}
+
+/// Begins a run of a mission.
+///
+/// # Errors
+/// 409 while it runs and when it is completed; [`LifecycleError::Invalid`] for a task whose agent does not exist.
+pub async fn execute(db: &ProjectDb, id: Id<ids::Mission>) -> Result<Execution> {
+    let mut tx = db.begin().await?;
+    let mut mission = tx.lock_mission(id).await?;
+    let execution = begin_run(&mut tx, db, &mut mission, None, Utc::now()).await?;
+    tx.commit().await?;
+    Ok(execution)
+}
+
+/// Begins a run, for a schedule or a person. The mission must be held.
+pub(in super::super) async fn begin_run(
+    tx: &mut ProjectTx,
+    db: &ProjectDb,
+    mission: &mut Mission,
+    schedule: Option<&ScheduleRow>,
+    now: DateTime<Utc>,
+) -> Result<Execution> {
+    if !mission.status().can_execute() {
+        let deed = match mission.status() {
+            Status::Completed => "executed; PATCH its `status` to `draft` to use it again",
+            _ => "executed; it runs already",
+        };
+        return Err(wrong_state(mission, deed));
+    }
+    let members = tx.mission_definition(mission.id).await?;
+    let (document, plan) = Document::check(&members).map_err(LifecycleError::Faults)?;
+    let settings = db.settings().await?;
+    mission.execution_count += 1;
+    let place = Place {
+        mission: mission.id,
+        run: mission.execution_count,
+    };
+    let group = group(&mission.name, place.run);
+    let deadline = deadline_of(&document, schedule, now);
+    let team = document
+        .team
+        .as_ref()
+        .filter(|team| settings.enable_volatile_teams && !team.agents.is_empty());
+    if let Some(team) = team {
+        bring_team(tx, team, &group).await?;
+    }
+    let agents = agents(tx, &document).await?;
+    tx.begin_mission_run(&NewMissionRun {
+        place,
+        group: &group,
+        schedule: schedule.map(|schedule| schedule.id),
+        context: &json!({"name": mission.name, "prompt": document.prompt, "data": document.data}),
+        quality_threshold: document.threshold(),
+        volatile_team: team.is_some_and(|team| team.volatile),
+        deadline,
+        started_at: now,
+    })
+    .await?;
+    let made = Made {
+        document: &document,
+        plan: &plan,
+        agents: &agents,
+        settings: &settings,
+        group: &group,
+        place,
+    };
+    let tasks = made.create(tx, now).await?;
+    if let Some(deadline) = deadline {
+        let pause = next_look(deadline, now, false, now);
+        tx.enqueue(Job::MissionDeadline(mission.id), URGENT, pause)
+            .await?;
+    }
+    mission.go(Status::Active, None)?;
+    mission.tell(
+        "mission:executed",
+        json!({"group": group, "taskCount": tasks.len()}),
+    );
+    tx.save_mission(mission).await?;
+    Ok(Execution {
+        tasks,
+        group,
+        place,
+    })
+}
+
+/// The earlier of the mission's date, unless that has passed, and its schedule's time after the start.
+fn deadline_of(
+    document: &Document,
+    schedule: Option<&ScheduleRow>,
+    now: DateTime<Utc>,
+) -> Option<DateTime<Utc>> {
+    let offset = schedule
+        .and_then(|schedule| schedule.deadline_offset_ms)
+        .and_then(|offset| now.checked_add_signed(Duration::milliseconds(offset)));
+    let own = document.deadline.filter(|deadline| *deadline > now);
+    [offset, own].into_iter().flatten().min()
+}
+
+/// Makes those agents of a mission's team that do not exist.
+async fn bring_team(tx: &mut ProjectTx, team: &Team, group: &str) -> Result<()> {
+    let names: Vec<String> = team
+        .agents
+        .iter()
+        .map(|member| member.name.clone())
+        .collect();
+    let there = tx.agents_named(&names).await?;
+    let first = tx.first_team().await?;
+    for member in &team.agents {
+        if there.iter().any(|(name, _)| *name == member.name) {
+            continue;
+        }
+        let mut definition = member.fields.clone();
+        definition.remove("team");
+        if team.volatile {
+            definition.insert("volatile".to_owned(), json!(true));
+            definition.insert("missionGroup".to_owned(), json!(group));
+        }
+        tx.create_agent(&NewAgent {
+            name: &member.name,
+            team: &first,
+            definition: &definition,
+        })
+        .await?;
+    }
+    Ok(())
+}
+
+/// The agents that the tasks name, by what they are called there: a name, or an id.
+async fn agents(tx: &mut ProjectTx, document: &Document) -> Result<BTreeMap<String, String>> {
+    let named: BTreeSet<&str> = document
+        .tasks
+        .iter()
+        .map(|task| task.assign_to.as_str())
+        .collect();
+    let named: Vec<String> = named.into_iter().map(str::to_owned).collect();
+    let found: BTreeMap<String, String> = tx
+        .agents_named(&named)
+        .await?
+        .into_iter()
+        .flat_map(|(name, id)| [(id.to_string(), name.clone()), (name.clone(), name)])
+        .collect();
+    let missing: Vec<String> = named
+        .iter()
+        .filter(|name| !found.contains_key(*name))
+        .map(|name| format!("\"{name}\""))
+        .collect();
+    if missing.is_empty() {
+        Ok(found)
+    } else {
+        Err(LifecycleError::Invalid {
+            param: "assignTo",
+            message: format!(
+                "`assignTo`: there is no agent {}. Create it, or name it in the mission's `team`.",
+                missing.join(", ")
+            ),
+        })
+    }
+}
+
+/// A run's tasks and barriers in the making.
+struct Made<'a> {
+    document: &'a Document,
+    plan: &'a Plan,
+    agents: &'a BTreeMap<String, String>,
+    settings: &'a Arc<Settings>,
+    group: &'a str,
+    place: Place,
+}
+
+impl Made<'_> {
+    async fn create(&self, tx: &mut ProjectTx, now: DateTime<Utc>) -> Result<Vec<Task>> {
+        let mut ids: Vec<Option<Id<ids::Task>>> = vec![None; self.document.tasks.len()];
+        let mut tasks = Vec::with_capacity(ids.len());
+        let mut gated = Vec::new();
+        for index in &self.plan.order {
+            let (task, gate) = self.task(&self.document.tasks[*index], now)?;
+            ids[*index] = Some(task.id);
+            if let Some(gate) = gate {
+                gated.push((tasks.len(), gate));
+            }
+            tasks.push(task);
+        }
+        // The order holds every task, so that each has its id by now.
+        let ids: Vec<Id<ids::Task>> = ids.into_iter().flatten().collect();
+        let named = |indices: &[usize]| -> Vec<Id<ids::Task>> {
+            indices.iter().map(|index| ids[*index]).collect()
+        };
+        let needs: Vec<(Id<ids::Task>, Id<ids::Task>)> = self
+            .plan
+            .needs
+            .iter()
+            .enumerate()
+            .flat_map(|(task, needs)| needs.iter().map(move |need| (task, *need)))
+            .map(|(task, need)| (ids[task], ids[need]))
+            .collect();
+        let waiting: BTreeSet<Id<ids::Task>> =
+            gated.iter().map(|(task, _)| tasks[*task].id).collect();
+        let mut ready = named(&self.plan.first());
+        ready.retain(|task| !waiting.contains(task));
+        tx.create_tasks_of_run(&mut tasks, &needs, &ready).await?;
+        let barriers: Vec<NewBarrier<'_>> = self
+            .document
+            .barriers
+            .iter()
+            .zip(&self.plan.barriers)
+            .map(|(barrier, links)| NewBarrier {
+                barrier,
+                follows: named(&links.after),
+                holds: named(&links.holds),
+            })
+            .collect();
+        tx.create_barriers(self.place, &barriers).await?;
+        for (index, gate) in gated {
+            let task = &mut tasks[index];
+            request_approval(tx, task, &gate, Hook::TaskCreate).await?;
+            tx.save_task(task).await?;
+        }
+        Ok(tasks)
+    }
+
+    fn task(
+        &self,
+        definition: &TaskDefinition,
+        now: DateTime<Utc>,
+    ) -> Result<(Task, Option<Gate>)> {
+        let mut expectations = definition.expectations.clone();
+        for expectation in &mut expectations {
+            let Expectation::LlmReview { threshold, .. } = expectation;
+            // The mission's threshold is the default of its tasks (contract 2.8.7).
+            threshold.get_or_insert(self.document.threshold());
+        }
+        let extras = definition
+            .notifications
+            .iter()
+            .map(|rules| ("notifications".to_owned(), rules.clone()))
+            .collect();
+        let document = TaskDocument {
+            description: definition.description.clone(),
+            depends_on: definition.depends_on.clone(),
+            expectations,
+            expected_outcomes: definition.expected_outcomes.clone(),
+            priority: definition.priority.unwrap_or(1.0),
+            max_retries: definition.max_retries.unwrap_or(self.settings.max_retries),
+            side_effects: definition.side_effects,
+            max_duration: definition.max_duration,
+            retry_policy: definition.retry_policy.clone(),
+            extras,
+            ..TaskDocument::default()
+        };
+        let agent = self.agents.get(&definition.assign_to).cloned();
+        let agent = agent.unwrap_or_else(|| definition.assign_to.clone());
+        let mut task = Task::new(definition.title.clone(), agent, document, now);
+        task.group = Some(self.group.to_owned());
+        task.mission = Some(self.place);
+        let gates = &self.settings.approval_gates;
+        let seen = if gates.is_empty() {
+            Value::Null
+        } else {
+            context(&task, Hook::TaskCreate, &json!({}))
+        };
+        let gate = Gate::closed(gates, Hook::TaskCreate, &task, &seen).cloned();
+        if gate.is_some() {
+            task.bypass(Bypass::GatedAtCreation);
+        } else {
+            task.go(TaskStatus::Pending)?;
+        }
+        // A task comes into being where it stands; it has not moved.
+        task.take_events();
+        task.tell_created();
+        Ok((task, gate))
+    }
+}

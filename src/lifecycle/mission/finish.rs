@@ -1,0 +1,229 @@
+//! How a run ends (contract 2.8.3 and 2.8.7), by itself or at its deadline.
+
+use chrono::{DateTime, Utc};
+use serde_json::json;
+
+use super::super::Result;
+use super::advance::URGENT;
+use super::next_look;
+use crate::event::timestamp;
+use crate::ids::{self, Id};
+use crate::mission::{Mission, Status, TaskEnd, Verdict, report};
+use crate::store::{
+    Job, Lease, MissionRunRow, ProjectDb, ProjectTx, ScheduleRow, StoreError, TaskFilter,
+};
+use crate::task::{Bypass, Cleanup, EndReason, Place, Task, TaskResult};
+
+/// Ends a run whose tasks have all ended. The run must be held. `trouble` says why it ended when its tasks do not.
+pub(super) async fn finish(
+    tx: &mut ProjectTx,
+    db: &ProjectDb,
+    mut run: MissionRunRow,
+    trouble: Option<String>,
+) -> Result<()> {
+    let place = run.place;
+    let tasks = tx.tasks_of_run(place).await?;
+    let ends: Vec<TaskEnd> = tasks.iter().map(TaskEnd::of).collect();
+    let verdict = Verdict::of(&ends, run.quality_threshold);
+    let mut mission = tx.lock_mission(place.mission).await?;
+    let schedule = tx.schedule_of(place.mission).await?;
+    let passed = verdict.passed() && trouble.is_none();
+    let reason = trouble.or_else(|| verdict.trouble(&ends, run.quality_threshold));
+    let now = Utc::now();
+    let next = resting(schedule.as_ref(), passed, now);
+    mission.go(next, reason)?;
+    if let Some(mean) = verdict.below {
+        let told = json!({"avgScore": mean, "threshold": run.quality_threshold});
+        mission.tell("quality:threshold:failed", told);
+    }
+    if let Some(deadline) = run.deadline.filter(|deadline| passed && now <= *deadline) {
+        mission.tell(
+            "sla:met",
+            json!({
+                "entityId": mission.id, "entityType": "mission", "deadline": timestamp(deadline),
+                "marginMs": (deadline - now).num_milliseconds(),
+            }),
+        );
+    }
+    let report = report(mission.id, &run.group, passed, &ends);
+    let told = json!({"group": run.group, "status": next, "allPassed": passed, "report": report});
+    mission.tell("mission:completed", told);
+    if let Some(schedule) = run.schedule {
+        mission.tell("schedule:completed", json!({"scheduleId": schedule}));
+    }
+    run.ended_at = Some(now);
+    run.report = Some(report);
+    tx.save_mission_run(&run, Some(passed)).await?;
+    tx.save_mission(&mut mission).await?;
+    call_off_timers(tx, place).await?;
+    if let Some(mut schedule) = schedule.filter(|schedule| schedule.queued) {
+        schedule.queued = false;
+        tx.save_schedule(&mut schedule).await?;
+        tx.enqueue(Job::Schedule(schedule.id), URGENT, super::super::NOW)
+            .await?;
+    }
+    dismiss_team(tx, db, &run).await
+}
+
+/// Where a mission rests after a run.
+fn resting(schedule: Option<&ScheduleRow>, passed: bool, now: DateTime<Utc>) -> Status {
+    let over = |schedule: &ScheduleRow| schedule.end_date.is_some_and(|end| end <= now);
+    match schedule {
+        Some(schedule) if schedule.recurring && !over(schedule) => Status::Recurring,
+        Some(schedule) if schedule.enabled && schedule.next_run_at.is_some() => Status::Scheduled,
+        _ if passed => Status::Completed,
+        _ => Status::Failed,
+    }
+}
+
+pub(super) async fn call_off_timers(tx: &mut ProjectTx, place: Place) -> Result<()> {
+    tx.call_off(Job::MissionDeadline(place.mission)).await?;
+    tx.call_off_delays(place).await?;
+    Ok(())
+}
+
+/// The agents that a run brought along go with it. One that another run has begun to use goes with that.
+pub(super) async fn dismiss_team(
+    tx: &mut ProjectTx,
+    db: &ProjectDb,
+    run: &MissionRunRow,
+) -> Result<()> {
+    if !run.volatile_team || db.settings().await?.volatile_cleanup == Cleanup::Manual {
+        return Ok(());
+    }
+    for agent in tx.volatile_agents(&run.group).await? {
+        match tx.unfinished_group(&agent.name).await? {
+            None => tx.delete_agent(&agent.name).await?,
+            Some(group) => {
+                let mut definition = agent.definition.clone();
+                definition.insert("missionGroup".to_owned(), json!(group));
+                tx.update_agent(agent.id, &agent.team, &definition).await?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Ends all of a run's tasks that have not, from outside their runs. They must be held, and the run after them.
+pub(super) async fn end_tasks(
+    tx: &mut ProjectTx,
+    tasks: &mut [Task],
+    reason: EndReason,
+    sentence: &str,
+) -> Result<()> {
+    if tasks.is_empty() {
+        return Ok(());
+    }
+    for task in &mut *tasks {
+        let before = task.document.result.take();
+        task.document.result = Some(TaskResult::without_answer(reason, sentence, None, before));
+        task.bypass(Bypass::Stopped);
+    }
+    tx.save_ended_tasks(tasks).await?;
+    let ids: Vec<Id<ids::Task>> = tasks.iter().map(|task| task.id).collect();
+    tx.judge_dependents_outside(&ids).await?;
+    // Places have come free; whoever waits for one looks for itself.
+    tx.unpark_all().await?;
+    Ok(())
+}
+
+/// Looks at a mission's deadline: a warning at 80 % of its time; at its end the mission fails (contract 2.8.1, 2.12).
+///
+/// # Errors
+/// When the database refuses.
+pub async fn deadline(lease: &Lease, id: Id<ids::Mission>) -> Result<()> {
+    let db = &lease.db;
+    let mut tx = db.begin().await?;
+    let mission = super::read(&mut tx, id).await?;
+    let place = Place {
+        mission: id,
+        run: mission.execution_count,
+    };
+    let now = Utc::now();
+    let run = tx.mission_run_as_it_stands(place).await?;
+    let over = run.deadline.is_some_and(|deadline| deadline <= now);
+    let mut tasks = if over && run.ended_at.is_none() {
+        tx.lock_tasks_of_run(place, false).await?
+    } else {
+        Vec::new()
+    };
+    let (mut run, mut mission) = super::hold(&mut tx, place).await?;
+    let Some(deadline) = run.deadline.filter(|_| run.ended_at.is_none()) else {
+        tx.complete(lease).await?;
+        tx.commit().await?;
+        return Ok(());
+    };
+    if over {
+        let told = json!({
+            "entityId": id, "entityType": "mission", "deadline": timestamp(deadline),
+            "overdueMs": (now - deadline).num_milliseconds(),
+        });
+        mission.tell("sla:violated", told);
+        tx.save_mission(&mut mission).await?;
+        let sentence = "The mission's deadline has passed.";
+        end_tasks(&mut tx, &mut tasks, EndReason::Deadline, sentence).await?;
+        finish(&mut tx, db, run, Some(sentence.to_owned())).await?;
+        // The end calls it off.
+        tx.commit().await?;
+        return Ok(());
+    }
+    warn(&mut mission, &run, deadline, now);
+    run.sla_warned = true;
+    tx.save_mission_run(&run, None).await?;
+    tx.save_mission(&mut mission).await?;
+    let pause = next_look(deadline, run.started_at, true, now);
+    tx.put_off(lease, pause).await?;
+    tx.commit().await?;
+    Ok(())
+}
+
+fn warn(mission: &mut Mission, run: &MissionRunRow, deadline: DateTime<Utc>, now: DateTime<Utc>) {
+    if run.sla_warned {
+        return;
+    }
+    let (whole, elapsed) = (deadline - run.started_at, now - run.started_at);
+    #[expect(clippy::cast_precision_loss, reason = "it is a share, for people")]
+    let share = elapsed.num_milliseconds() as f64 / whole.num_milliseconds().max(1) as f64;
+    mission.tell(
+        "sla:warning",
+        json!({
+            "entityId": mission.id, "entityType": "mission", "deadline": timestamp(deadline),
+            "elapsed": elapsed.num_milliseconds(), "remaining": (deadline - now).num_milliseconds(), "percentUsed": share,
+        }),
+    );
+}
+
+/// Removes a mission's tasks, those of all its runs, some at a time; says how many there were.
+pub(super) async fn remove_tasks(db: &ProjectDb, mission: Id<ids::Mission>) -> Result<u64> {
+    let mut removed = 0;
+    loop {
+        let mut tx = db.begin().await?;
+        let filter = TaskFilter {
+            mission: Some(mission),
+            ..TaskFilter::default()
+        };
+        let gone = tx.delete_tasks(filter, None).await?;
+        if gone.is_empty() {
+            return Ok(removed);
+        }
+        for task in &gone {
+            let told = json!({"taskId": task.id});
+            tx.emit(crate::event::Event::new("task:removed", told));
+        }
+        tx.commit().await?;
+        removed += gone.len() as u64;
+    }
+}
+
+/// Removes agents that a mission's newest run left behind.
+pub(super) async fn dismiss_newest_team(
+    tx: &mut ProjectTx,
+    db: &ProjectDb,
+    place: Place,
+) -> Result<()> {
+    match tx.mission_run_as_it_stands(place).await {
+        Ok(run) => dismiss_team(tx, db, &run).await,
+        Err(StoreError::NotFound) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
