@@ -38,6 +38,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("llm", &["net"]),
     ("event", &[]),
     ("task", &["ids", "event"]),
+    ("mission", &["ids", "event", "task"]),
     ("store", &["ids", "event", "task"]),
     ("lifecycle", &["ids", "event", "store", "task"]),
     ("embedded", &["seal"]),
