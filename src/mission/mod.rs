@@ -1,5 +1,9 @@
 //! Missions as values: when they run and what they are made from. No I/O.
 
 mod duration;
+mod schedule;
 
 pub use duration::parse_duration;
+pub use schedule::{
+    CatchUp, Cron, Decision, Overlap, Schedule, SkipReason, Standing, Timing, TimingError,
+};
