@@ -53,6 +53,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "agent",
             "llm",
             "store",
+            "mission",
             "task",
             "event",
             "ids",

@@ -37,6 +37,14 @@ pub enum ApiError {
         /// The parameter at fault.
         param: Option<String>,
     },
+    /// A document with several faults, which are told all at once.
+    #[error("{message}")]
+    Faults {
+        /// What was not valid.
+        message: String,
+        /// What to change, a sentence each.
+        details: Vec<String>,
+    },
     /// The path exists, the method does not.
     #[error("This path does not take this method: see the `Allow` header.")]
     MethodNotAllowed,
@@ -78,6 +86,9 @@ pub struct ErrorBody {
     pub error: String,
     /// One of contract 1.4's codes.
     pub code: &'static str,
+    /// Everything that is wrong with a document, a sentence each.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub details: Option<Vec<String>>,
     #[serde(skip)]
     kind: &'static str,
     #[serde(skip)]
@@ -103,7 +114,7 @@ impl ApiError {
             Self::Unauthorized | Self::InvalidApiKey => StatusCode::UNAUTHORIZED,
             Self::NotFound(_) => StatusCode::NOT_FOUND,
             Self::Gone(_) => StatusCode::GONE,
-            Self::BadRequest { .. } => StatusCode::BAD_REQUEST,
+            Self::BadRequest { .. } | Self::Faults { .. } => StatusCode::BAD_REQUEST,
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             Self::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             Self::UnsupportedMediaType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
@@ -123,6 +134,7 @@ impl ApiError {
             Self::InvalidApiKey => ("invalid_api_key", "authentication_error"),
             Self::NotFound(_) | Self::Gone(_) => ("not_found", "not_found_error"),
             Self::BadRequest { .. }
+            | Self::Faults { .. }
             | Self::MethodNotAllowed
             | Self::TooLarge
             | Self::UnsupportedMediaType => ("bad_request", "invalid_request_error"),
@@ -249,13 +261,15 @@ impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         self.log();
         let (code, kind) = self.codes();
-        let param = match &self {
-            Self::BadRequest { param, .. } => param.clone(),
-            _ => None,
+        let (param, details) = match &self {
+            Self::BadRequest { param, .. } => (param.clone(), None),
+            Self::Faults { details, .. } => (None, Some(details.clone())),
+            _ => (None, None),
         };
         let body = ErrorBody {
             error: self.to_string(),
             code,
+            details,
             kind,
             param,
         };
@@ -288,11 +302,14 @@ pub async fn shape_for_sdks(request: Request, next: Next) -> Response {
     else {
         return response;
     };
-    let shaped = json!({
+    let mut shaped = json!({
         "error": {"message": body.error, "type": body.kind, "param": body.param, "code": body.code},
         "code": body.code,
         "message": body.error,
     });
+    if let Some(details) = body.details {
+        shaped["details"] = json!(details);
+    }
     let (mut parts, _) = response.into_parts();
     parts.headers.remove(header::CONTENT_LENGTH);
     (parts.status, parts.headers, axum::Json(shaped)).into_response()
