@@ -54,6 +54,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "agent",
             "llm",
             "store",
+            "mission",
             "task",
             "event",
             "ids",

@@ -35,6 +35,7 @@ pub mod memory;
 pub mod models;
 pub mod openai;
 pub mod platform;
+pub mod playbooks;
 pub mod server;
 pub mod sessions;
 pub mod settings;
@@ -121,6 +122,16 @@ fn project_routes() -> OpenApiRouter<App> {
         .routes(routes!(events::stream_events))
         .routes(routes!(settings::read_settings, settings::update_settings))
         .routes(routes!(settings::update_settings_alias))
+        .routes(routes!(playbooks::list_playbooks, playbooks::save_playbook))
+        .routes(routes!(
+            playbooks::read_playbook,
+            playbooks::delete_playbook
+        ))
+        .routes(routes!(playbooks::list_templates, playbooks::save_template))
+        .routes(routes!(
+            playbooks::read_template,
+            playbooks::delete_template
+        ))
         .routes(routes!(teams::list_teams, teams::create_team))
         .routes(routes!(teams::read_team, teams::update_team))
         .routes(routes!(teams::delete_team))

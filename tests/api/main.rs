@@ -19,6 +19,7 @@ mod events;
 mod isolation;
 mod memory;
 mod platform;
+mod playbooks;
 mod processes;
 mod providers;
 mod sessions;

@@ -1,0 +1,188 @@
+//! `/v1/playbooks` and `/v1/templates` (contract 2.17).
+
+use axum::http::StatusCode;
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::error::{ApiError, ErrorBody};
+use super::extract::{Door, Json, Listed, Page, Path, Query};
+use super::sessions::Deleted;
+use crate::mission::{MOST_PLAYBOOKS, Parameter, Playbook};
+use crate::store::{PlaybookSummary, ProjectDb, StoreError};
+
+/// What a list shows of a playbook.
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+pub struct PlaybookView {
+    /// Its name.
+    pub name: String,
+    /// What it is for.
+    pub description: String,
+    /// What can be filled in.
+    #[schema(value_type = Vec<Parameter>)]
+    pub parameters: Value,
+    /// Where it is, below `/v1`.
+    pub path: String,
+}
+
+/// A playbook is saved.
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+pub struct SavedPlaybook {
+    /// Its name.
+    pub name: String,
+    /// Where it is, below `/v1`.
+    pub path: String,
+}
+
+impl From<PlaybookSummary> for PlaybookView {
+    fn from(row: PlaybookSummary) -> Self {
+        Self {
+            path: path_of(&row.name),
+            name: row.name,
+            description: row.description,
+            parameters: row.parameters,
+        }
+    }
+}
+
+fn path_of(name: &str) -> String {
+    format!("playbooks/{name}")
+}
+
+fn missing(error: StoreError, name: &str) -> ApiError {
+    match error {
+        StoreError::NotFound => ApiError::missing("Playbook", name),
+        error => error.into(),
+    }
+}
+
+async fn list(db: &ProjectDb, page: &Page, path: &str) -> Result<Listed<PlaybookView>, ApiError> {
+    let size = page.size()?;
+    let rows = db.playbooks(page.after.as_deref(), size).await?;
+    let views = rows.into_iter().map(PlaybookView::from).collect();
+    Ok(Listed::new(views, size, path, |playbook: &PlaybookView| {
+        playbook.name.clone()
+    }))
+}
+
+/// List the playbooks.
+#[utoipa::path(get, path = "/playbooks", tag = "Playbooks", params(Page),
+    responses((status = 200, description = "The playbooks, by name", body = Vec<PlaybookView>), (status = 400, body = ErrorBody, description = "A parameter is wrong")))]
+pub async fn list_playbooks(
+    Door(db): Door,
+    Query(page): Query<Page>,
+) -> Result<Listed<PlaybookView>, ApiError> {
+    list(&db, &page, "/v1/playbooks").await
+}
+
+/// List the playbooks, by their older name.
+#[utoipa::path(get, path = "/templates", tag = "Playbooks", params(Page),
+    responses((status = 200, description = "The playbooks, by name", body = Vec<PlaybookView>), (status = 400, body = ErrorBody, description = "A parameter is wrong")))]
+pub async fn list_templates(
+    Door(db): Door,
+    Query(page): Query<Page>,
+) -> Result<Listed<PlaybookView>, ApiError> {
+    list(&db, &page, "/v1/templates").await
+}
+
+/// Read a playbook.
+#[utoipa::path(get, path = "/playbooks/{name}", tag = "Playbooks", params(("name" = String, Path, description = "Its name")),
+    responses(
+        (status = 200, description = "The playbook", body = Playbook),
+        (status = 404, description = "No such playbook", body = ErrorBody),
+    ))]
+pub async fn read_playbook(
+    Door(db): Door,
+    Path(name): Path<String>,
+) -> Result<Json<Value>, ApiError> {
+    let body = db.playbook(&name).await;
+    Ok(Json(body.map_err(|error| missing(error, &name))?))
+}
+
+/// Read a playbook, by its older name.
+#[utoipa::path(get, path = "/templates/{name}", tag = "Playbooks", params(("name" = String, Path, description = "Its name")),
+    responses(
+        (status = 200, description = "The playbook", body = Playbook),
+        (status = 404, description = "No such playbook", body = ErrorBody),
+    ))]
+pub async fn read_template(door: Door, name: Path<String>) -> Result<Json<Value>, ApiError> {
+    read_playbook(door, name).await
+}
+
+/// Create a playbook, or replace the one with its name. A project keeps at most 500.
+#[utoipa::path(post, path = "/playbooks", tag = "Playbooks", request_body = Playbook,
+    responses(
+        (status = 201, description = "It is saved", body = SavedPlaybook),
+        (status = 400, description = "Fields are wrong: all are in `details`; or there are 500 others", body = ErrorBody),
+        (status = 413, description = "The body is too large", body = ErrorBody),
+        (status = 415, description = "The body is not JSON", body = ErrorBody),
+    ))]
+pub async fn save_playbook(
+    Door(db): Door,
+    Json(body): Json<Value>,
+) -> Result<(StatusCode, Json<SavedPlaybook>), ApiError> {
+    let playbook = Playbook::parse(&body).map_err(|details| ApiError::Faults {
+        message: "The playbook is not valid: see `details`.".to_owned(),
+        details,
+    })?;
+    let mut tx = db.begin().await?;
+    if !tx
+        .save_playbook(&playbook.name, &json!(playbook), MOST_PLAYBOOKS)
+        .await?
+    {
+        return Err(ApiError::BadRequest {
+            message: format!(
+                "A project keeps at most {MOST_PLAYBOOKS} playbooks. Delete one before adding another."
+            ),
+            param: None,
+        });
+    }
+    tx.commit().await?;
+    let saved = SavedPlaybook {
+        path: path_of(&playbook.name),
+        name: playbook.name,
+    };
+    Ok((StatusCode::CREATED, Json(saved)))
+}
+
+/// Create a playbook, or replace the one with its name, by its older name.
+#[utoipa::path(post, path = "/templates", tag = "Playbooks", request_body = Playbook,
+    responses(
+        (status = 201, description = "It is saved", body = SavedPlaybook),
+        (status = 400, description = "Fields are wrong: all are in `details`; or there are 500 others", body = ErrorBody),
+        (status = 413, description = "The body is too large", body = ErrorBody),
+        (status = 415, description = "The body is not JSON", body = ErrorBody),
+    ))]
+pub async fn save_template(
+    door: Door,
+    body: Json<Value>,
+) -> Result<(StatusCode, Json<SavedPlaybook>), ApiError> {
+    save_playbook(door, body).await
+}
+
+/// Delete a playbook. Missions that were made from it stay.
+#[utoipa::path(delete, path = "/playbooks/{name}", tag = "Playbooks", params(("name" = String, Path, description = "Its name")),
+    responses(
+        (status = 200, description = "It is gone", body = Deleted),
+        (status = 404, description = "No such playbook", body = ErrorBody),
+    ))]
+pub async fn delete_playbook(
+    Door(db): Door,
+    Path(name): Path<String>,
+) -> Result<Json<Deleted>, ApiError> {
+    let mut tx = db.begin().await?;
+    tx.delete_playbook(&name)
+        .await
+        .map_err(|error| missing(error, &name))?;
+    tx.commit().await?;
+    Ok(Json(Deleted { deleted: true }))
+}
+
+/// Delete a playbook, by its older name.
+#[utoipa::path(delete, path = "/templates/{name}", tag = "Playbooks", params(("name" = String, Path, description = "Its name")),
+    responses(
+        (status = 200, description = "It is gone", body = Deleted),
+        (status = 404, description = "No such playbook", body = ErrorBody),
+    ))]
+pub async fn delete_template(door: Door, name: Path<String>) -> Result<Json<Deleted>, ApiError> {
+    delete_playbook(door, name).await
+}
