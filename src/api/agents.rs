@@ -487,7 +487,7 @@ fn merge(definition: &mut Map<String, Value>, change: Map<String, Value>) {
     }
 }
 
-fn check(app: &App, definition: &Map<String, Value>) -> Result<(), ApiError> {
+pub(super) fn check(app: &App, definition: &Map<String, Value>) -> Result<(), ApiError> {
     for (key, value) in definition {
         let alone = Value::Object(Map::from_iter([(key.clone(), value.clone())]));
         serde_json::from_value::<AgentFields>(alone)

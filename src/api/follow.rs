@@ -34,7 +34,7 @@ pub(super) fn stream(app: App, db: ProjectDb, task: Task) -> Response {
 
 /// How much of a task's words was sent.
 #[derive(Debug, Default)]
-struct Cursor {
+pub(super) struct Cursor {
     run: Option<Id<Run>>,
     step: i32,
     /// What was sent of the step, in bytes.
@@ -44,8 +44,24 @@ struct Cursor {
 }
 
 impl Cursor {
+    /// The step that is to come.
+    pub(super) fn step(&self) -> i32 {
+        self.step
+    }
+
+    /// Goes over to a run; words of another follow in a paragraph of their own.
+    pub(super) fn enter(&mut self, run: Id<Run>) {
+        if self.run != Some(run) {
+            *self = Self {
+                run: Some(run),
+                follows: self.run.is_some(),
+                ..Self::default()
+            };
+        }
+    }
+
     /// What is new in a step's text so far. A step that was begun again says something else.
-    fn new_in(&mut self, text: &str) -> String {
+    pub(super) fn new_in(&mut self, text: &str) -> String {
         let new = match text.strip_prefix(self.sent.as_str()) {
             Some(new) => new.to_owned(),
             None => format!("\n\n{text}"),
@@ -62,7 +78,7 @@ impl Cursor {
     }
 
     /// What is new in finished steps.
-    fn take(&mut self, steps: &[StepRow]) -> String {
+    pub(super) fn take(&mut self, steps: &[StepRow]) -> String {
         let mut new = String::new();
         for step in steps {
             if step.kind == StepKind::Model {
@@ -145,14 +161,7 @@ async fn look(
     let Some(run) = task.run else {
         return Ok((task, new));
     };
-    if cursor.run != Some(run) {
-        let follows = cursor.run.is_some();
-        *cursor = Cursor {
-            run: Some(run),
-            follows,
-            ..Cursor::default()
-        };
-    }
+    cursor.enter(run);
     loop {
         let steps = db.steps(run, cursor.step, AT_ONCE).await?;
         new += &cursor.take(&steps);

@@ -29,13 +29,17 @@ pub mod error;
 pub mod events;
 pub mod extract;
 mod follow;
+mod follow_mission;
 pub mod health;
 pub mod limit;
 pub mod memory;
+pub mod mission_parts;
+pub mod missions;
 pub mod models;
 pub mod openai;
 pub mod platform;
 pub mod playbooks;
+pub mod schedules;
 pub mod server;
 pub mod sessions;
 pub mod settings;
@@ -71,9 +75,65 @@ impl utoipa::Modify for SecuritySchemes {
     }
 }
 
+/// The routes of missions and of when they run.
+fn mission_routes() -> OpenApiRouter<App> {
+    OpenApiRouter::new()
+        .routes(routes!(missions::list_missions, missions::create_mission))
+        .routes(routes!(missions::list_resumable))
+        .routes(routes!(missions::list_checkpoints))
+        .routes(routes!(missions::list_delays))
+        .routes(routes!(
+            missions::read_mission,
+            missions::update_mission,
+            missions::delete_mission
+        ))
+        .routes(routes!(missions::execute_mission))
+        .routes(routes!(missions::resume_mission))
+        .routes(routes!(missions::abort_mission))
+        .routes(routes!(missions::read_report))
+        .routes(routes!(missions::resume_checkpoint))
+        .routes(routes!(mission_parts::add_task))
+        .routes(routes!(mission_parts::reorder_tasks))
+        .routes(routes!(
+            mission_parts::change_task,
+            mission_parts::remove_task
+        ))
+        .routes(routes!(mission_parts::add_checkpoint))
+        .routes(routes!(
+            mission_parts::change_checkpoint,
+            mission_parts::remove_checkpoint
+        ))
+        .routes(routes!(mission_parts::add_gate))
+        .routes(routes!(
+            mission_parts::change_gate,
+            mission_parts::remove_gate
+        ))
+        .routes(routes!(mission_parts::add_delay))
+        .routes(routes!(
+            mission_parts::change_delay,
+            mission_parts::remove_delay
+        ))
+        .routes(routes!(mission_parts::add_member))
+        .routes(routes!(
+            mission_parts::change_member,
+            mission_parts::remove_member
+        ))
+        .routes(routes!(mission_parts::set_notifications))
+        .routes(routes!(
+            schedules::list_schedules,
+            schedules::create_schedule
+        ))
+        .routes(routes!(
+            schedules::read_schedule,
+            schedules::update_schedule,
+            schedules::delete_schedule
+        ))
+}
+
 /// The routes of a project's key.
 fn project_routes() -> OpenApiRouter<App> {
     OpenApiRouter::new()
+        .merge(mission_routes())
         .routes(routes!(chat::create_completion))
         .routes(routes!(models::list_models))
         .routes(routes!(models::read_model))
@@ -132,6 +192,8 @@ fn project_routes() -> OpenApiRouter<App> {
             playbooks::read_template,
             playbooks::delete_template
         ))
+        .routes(routes!(playbooks::run_playbook))
+        .routes(routes!(playbooks::run_template))
         .routes(routes!(teams::list_teams, teams::create_team))
         .routes(routes!(teams::read_team, teams::update_team))
         .routes(routes!(teams::delete_team))

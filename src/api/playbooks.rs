@@ -1,13 +1,17 @@
 //! `/v1/playbooks` and `/v1/templates` (contract 2.17).
 
+use axum::extract::State;
 use axum::http::StatusCode;
-use serde::Serialize;
-use serde_json::{Value, json};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
 
 use super::error::{ApiError, ErrorBody};
-use super::extract::{Door, Json, Listed, Page, Path, Query};
+use super::extract::{Door, Json, Listed, MaybeJson, Page, Path, Query};
+use super::missions::{MissionView, refused, show, team_faults};
 use super::sessions::Deleted;
-use crate::mission::{MOST_PLAYBOOKS, Parameter, Playbook};
+use crate::app::App;
+use crate::lifecycle;
+use crate::mission::{Document, MOST_PLAYBOOKS, Parameter, Playbook};
 use crate::store::{PlaybookSummary, ProjectDb, StoreError};
 
 /// What a list shows of a playbook.
@@ -185,4 +189,98 @@ pub async fn delete_playbook(
     ))]
 pub async fn delete_template(door: Door, name: Path<String>) -> Result<Json<Deleted>, ApiError> {
     delete_playbook(door, name).await
+}
+
+/// What a playbook is filled in with.
+#[derive(Debug, Default, Deserialize, utoipa::ToSchema)]
+pub struct RunPlaybook {
+    /// Texts, numbers, true and false, by parameter.
+    #[schema(value_type = Option<Object>)]
+    pub params: Option<Value>,
+}
+
+/// A mission that was made from a playbook and executed.
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+pub struct PlaybookRun {
+    /// The mission.
+    pub mission: MissionView,
+    /// How many tasks it has.
+    pub tasks: usize,
+    /// Their group.
+    pub group: String,
+    /// What was passed over.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
+}
+
+/// Fill a playbook in and execute what it makes: a mission of its name, with a number from the second on.
+#[utoipa::path(post, path = "/playbooks/{name}/run", tag = "Playbooks", params(("name" = String, Path, description = "Its name")), request_body = Option<RunPlaybook>,
+    responses(
+        (status = 201, description = "The mission", body = PlaybookRun),
+        (status = 400, description = "Parameters are wrong, or what they make: all is in `details`", body = ErrorBody),
+        (status = 404, description = "No such playbook", body = ErrorBody),
+        (status = 413, description = "The body is too large", body = ErrorBody),
+        (status = 415, description = "The body is not JSON", body = ErrorBody),
+    ))]
+pub async fn run_playbook(
+    State(app): State<App>,
+    Door(db): Door,
+    Path(name): Path<String>,
+    MaybeJson(body): MaybeJson<RunPlaybook>,
+) -> Result<(StatusCode, Json<PlaybookRun>), ApiError> {
+    let stored = db.playbook(&name).await;
+    let stored = stored.map_err(|error| missing(error, &name))?;
+    let playbook = Playbook::parse(&stored).map_err(ApiError::faults)?;
+    let params = match body.params {
+        None | Some(Value::Null) => Map::new(),
+        Some(Value::Object(params)) => params,
+        Some(_) => {
+            return Err(ApiError::invalid(
+                "params",
+                "`params` must be an object of texts, numbers, true and false.",
+            ));
+        }
+    };
+    let filled = playbook.fill(&params).map_err(|details| ApiError::Faults {
+        message: format!("Parameters are not valid: {}", details.join("; ")),
+        details,
+    })?;
+    let mut members = filled.mission;
+    members.insert("prompt".to_owned(), json!(filled.summary));
+    let (document, _) = Document::check(&members).map_err(ApiError::faults)?;
+    match team_faults(&app, &document) {
+        faults if faults.is_empty() => {}
+        faults => return Err(ApiError::faults(faults)),
+    }
+    if let Some(sentence) = app.unusable_model(&db, &document).await? {
+        return Err(ApiError::invalid("model", sentence));
+    }
+    let (mission, execution) = lifecycle::mission::launch(&db, &playbook.name, &document)
+        .await
+        .map_err(|error| refused(error, ""))?;
+    let run = PlaybookRun {
+        mission: show(&db, mission.id).await?,
+        tasks: execution.tasks.len(),
+        group: execution.group,
+        warnings: filled.warnings,
+    };
+    Ok((StatusCode::CREATED, Json(run)))
+}
+
+/// Fill a playbook in and execute what it makes, by its older name.
+#[utoipa::path(post, path = "/templates/{name}/run", tag = "Playbooks", params(("name" = String, Path, description = "Its name")), request_body = Option<RunPlaybook>,
+    responses(
+        (status = 201, description = "The mission", body = PlaybookRun),
+        (status = 400, description = "Parameters are wrong, or what they make: all is in `details`", body = ErrorBody),
+        (status = 404, description = "No such playbook", body = ErrorBody),
+        (status = 413, description = "The body is too large", body = ErrorBody),
+        (status = 415, description = "The body is not JSON", body = ErrorBody),
+    ))]
+pub async fn run_template(
+    app: State<App>,
+    door: Door,
+    name: Path<String>,
+    body: MaybeJson<RunPlaybook>,
+) -> Result<(StatusCode, Json<PlaybookRun>), ApiError> {
+    run_playbook(app, door, name, body).await
 }

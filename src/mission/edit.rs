@@ -182,6 +182,16 @@ impl Document {
         self.in_team(|team| remove(&mut team.0, "agents", "name", "Member", name))
     }
 
+    /// Puts other notification rules in place of the earlier ones.
+    ///
+    /// # Errors
+    /// When they are no object.
+    pub fn with_notifications(&self, rules: Option<Value>) -> Result<Self> {
+        let mut members = self.members();
+        members.insert("notifications".to_owned(), rules.unwrap_or_default());
+        checked(&members)
+    }
+
     fn in_team(&self, edit: impl FnOnce(&mut Members) -> Result<()>) -> Result<Self> {
         let mut members = self.members();
         let mut team = match members.remove("team") {

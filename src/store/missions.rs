@@ -296,6 +296,43 @@ impl ProjectDb {
         Ok(rows.into_iter().map(MissionRow::from).collect())
     }
 
+    /// A mission without its definition.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`].
+    pub async fn mission_status(&self, id: Id<ids::Mission>) -> Result<Mission> {
+        let stored = sqlx::query_as!(
+            Stored,
+            "select id, name, status, reason, execution_count, created_at, updated_at
+            from missions where project_id = $1 and id = $2",
+            self.project,
+            id.uuid()
+        )
+        .fetch_one(&self.pool)
+        .await?;
+        Ok(stored.into_mission())
+    }
+
+    /// The tasks of a run that agents are at.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn active_tasks_of_run(&self, place: Place) -> Result<Vec<Task>> {
+        let stored = sqlx::query_as!(
+            StoredTask,
+            r#"select id, title, assign_to, status, held, group_label, run_id, mission_id, mission_run, document as "document: Json<TaskDocument>", created_at, updated_at
+            from tasks
+            where project_id = $1 and mission_id = $2 and mission_run = $3 and status in ('assigned', 'in_progress', 'review')
+            order by id"#,
+            self.project,
+            place.mission.uuid(),
+            place.run
+        )
+        .fetch_all(&self.pool)
+        .await?;
+        Ok(stored.into_iter().map(StoredTask::into_task).collect())
+    }
+
     /// A mission's run by its number, or its newest.
     ///
     /// # Errors
@@ -433,18 +470,26 @@ impl ProjectTx {
         Ok(())
     }
 
-    /// Whether a mission has the name.
+    /// A name for another mission of a playbook: the playbook's, or that with the next number. `base` holds letters, digits and
+    /// hyphens only.
     ///
     /// # Errors
     /// When the database cannot be reached.
-    pub async fn is_mission_name_taken(&mut self, name: &str) -> Result<bool> {
-        Ok(sqlx::query_scalar!(
-            r#"select exists (select from missions where project_id = $1 and name = $2) as "exists!""#,
+    pub async fn free_mission_name(&mut self, base: &str) -> Result<String> {
+        let number = sqlx::query_scalar!(
+            r#"select case
+                when exists (select from missions where project_id = $1 and name = $2)
+                then (
+                    select coalesce(max(substring(name from length($2) + 2)::integer), 1) + 1 from missions
+                    where project_id = $1 and name ~ ('^' || $2 || '-[0-9]{1,8}$')
+                )
+            end as "number""#,
             self.db.project,
-            name
+            base
         )
         .fetch_one(&mut *self.tx)
-        .await?)
+        .await?;
+        Ok(number.map_or_else(|| base.to_owned(), |number| format!("{base}-{number}")))
     }
 
     /// A mission, held against other changes until the commit.

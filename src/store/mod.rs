@@ -51,10 +51,10 @@ pub use missions::{MissionRow, MissionRunRow, NewMissionRun, Outlook, Sibling, T
 pub use organizations::OrganizationRow;
 pub use playbooks::PlaybookSummary;
 pub use projects::{ProjectRow, ProjectStatus};
-pub use runs::{NewStep, ProcessRow, RunRow, StepKind, StepRow};
+pub use runs::{NewStep, ProcessRow, RunRow, StepKind, StepRow, Words};
 pub use schedules::ScheduleRow;
 pub use sessions::{MessageRow, NewMessage, SessionFilter, SessionRow};
-pub use tasks::{DeletedTask, Need, TaskFilter, storable};
+pub use tasks::{DeletedTask, Need, NeedResult, TaskFilter, storable};
 pub use teams::TeamRow;
 pub use turns::{CallUsage, RunStatus, TurnRecord};
 use wake::Bell;

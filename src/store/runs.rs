@@ -72,6 +72,19 @@ pub struct StepRow {
     pub created_at: DateTime<Utc>,
 }
 
+/// What a model has said of a step that is not finished.
+#[derive(Debug, Clone)]
+pub struct Words {
+    /// The task.
+    pub task: Id<ids::Task>,
+    /// The run.
+    pub run: Id<Run>,
+    /// The step's number.
+    pub step: i32,
+    /// The text so far.
+    pub text: String,
+}
+
 /// A run of a task.
 #[derive(Debug, Clone)]
 pub struct RunRow {
@@ -225,6 +238,72 @@ impl ProjectDb {
                 kind: StepKind::of(&row.kind),
                 body: row.body,
                 created_at: row.created_at,
+            })
+            .collect())
+    }
+
+    /// The steps of several runs, each from its number on, in order, at most 1,000, and whether there may be more.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn steps_of_runs(
+        &self,
+        from: &[(Id<Run>, i32)],
+    ) -> Result<(Vec<(Id<Run>, StepRow)>, bool)> {
+        const AT_ONCE: i64 = 1_000;
+        let (runs, numbers): (Vec<Uuid>, Vec<i32>) = from
+            .iter()
+            .map(|(run, number)| (run.uuid(), *number))
+            .unzip();
+        let rows = sqlx::query!(
+            "select s.run_id, s.number, s.kind, s.body, s.created_at
+            from unnest($2::uuid[], $3::integer[]) as f (run_id, number)
+            join steps s on s.project_id = $1 and s.run_id = f.run_id and s.number >= f.number
+            order by s.run_id, s.number
+            limit $4",
+            self.project,
+            &runs,
+            &numbers,
+            AT_ONCE
+        )
+        .fetch_all(&self.pool)
+        .await?;
+        let more = i64::try_from(rows.len()).is_ok_and(|count| count == AT_ONCE);
+        let steps = rows
+            .into_iter()
+            .map(|row| {
+                let step = StepRow {
+                    number: row.number,
+                    kind: StepKind::of(&row.kind),
+                    body: row.body,
+                    created_at: row.created_at,
+                };
+                (row.run_id.into(), step)
+            })
+            .collect();
+        Ok((steps, more))
+    }
+
+    /// What the models of several tasks have said of steps that are not finished.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn words_of_tasks(&self, tasks: &[Id<ids::Task>]) -> Result<Vec<Words>> {
+        let tasks: Vec<Uuid> = tasks.iter().map(|task| task.uuid()).collect();
+        let rows = sqlx::query!(
+            "select task_id, run_id, step, text from words where project_id = $1 and task_id = any($2) order by task_id",
+            self.project,
+            &tasks
+        )
+        .fetch_all(&self.pool)
+        .await?;
+        Ok(rows
+            .into_iter()
+            .map(|row| Words {
+                task: row.task_id.into(),
+                run: row.run_id.into(),
+                step: row.step,
+                text: row.text,
             })
             .collect())
     }

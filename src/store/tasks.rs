@@ -43,6 +43,17 @@ pub struct DeletedTask {
     pub place: Option<Place>,
 }
 
+/// What a task came to that another waited for.
+#[derive(Debug, Clone)]
+pub struct NeedResult {
+    /// Its title.
+    pub title: String,
+    /// The beginning of its answer.
+    pub stdout: Option<String>,
+    /// What it left behind.
+    pub outcomes: Option<Value>,
+}
+
 pub(super) struct Stored {
     pub(super) id: Uuid,
     pub(super) title: String,
@@ -155,6 +166,29 @@ impl ProjectDb {
                 title: row.title,
             })
             .collect())
+    }
+}
+
+impl ProjectDb {
+    /// What the tasks came to that a task needs, in the order of their ids, at most `limit`; 16,000 characters of each.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn need_results(&self, task: Id<ids::Task>, limit: i64) -> Result<Vec<NeedResult>> {
+        Ok(sqlx::query_as!(
+            NeedResult,
+            "select n.title, left(n.document -> 'result' ->> 'stdout', 16000) as stdout, n.document -> 'outcomes' as outcomes
+            from dependencies d
+            join tasks n on n.project_id = d.project_id and n.id = d.needs_id
+            where d.project_id = $1 and d.task_id = $2 and n.status = 'done'
+            order by n.id
+            limit $3",
+            self.project,
+            task.uuid(),
+            limit
+        )
+        .fetch_all(&self.pool)
+        .await?)
     }
 }
 

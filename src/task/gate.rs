@@ -201,7 +201,11 @@ impl Gate {
 
 /// What expressions can see of a task.
 pub fn context(task: &Task, hook: Hook, data: &Value) -> Value {
-    json!({"data": data, "task": task.view(), "mission": {}, "hook": hook.as_str()})
+    let mission = task.mission.map_or_else(
+        || json!({}),
+        |place| json!({"id": place.mission, "group": task.group, "run": place.run}),
+    );
+    json!({"data": data, "task": task.view(), "mission": mission, "hook": hook.as_str()})
 }
 
 #[cfg(test)]

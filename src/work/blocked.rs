@@ -35,6 +35,11 @@ pub(super) async fn resolve(held: &Held, id: Id<ids::Task>) -> Result<()> {
     let db = &held.lease.db;
     let settings = db.settings().await?;
     let task = db.task(id).await?;
+    if let Some(place) = task.mission
+        && rests(held, id, place.mission).await?
+    {
+        return Ok(());
+    }
     let needs = db.needs(id).await?;
     let failed = needs
         .iter()
@@ -69,6 +74,22 @@ pub(super) async fn resolve(held: &Held, id: Id<ids::Task>) -> Result<()> {
     }
     tx.commit().await?;
     Ok(())
+}
+
+/// Whether a task of a mission is not to be judged yet: something holds it back that people may look at first, or nothing of the
+/// mission goes on.
+async fn rests(held: &Held, id: Id<ids::Task>, mission: Id<ids::Mission>) -> Result<bool> {
+    let mut tx = held.lease.db.begin().await?;
+    if tx.is_held_back(id).await? {
+        // Whatever lets it go owes the verdict again.
+        tx.complete(&held.lease).await?;
+    } else if tx.is_paused(mission).await? {
+        tx.park_for_mission(&held.lease, mission).await?;
+    } else {
+        return Ok(false);
+    }
+    tx.commit().await?;
+    Ok(true)
 }
 
 async fn judge(

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use tokio::time::{Instant, sleep_until};
 
 use super::record::{Recorder, replay, without_nul};
+use super::surroundings::surroundings;
 use super::task::{commit, model, pass, pause};
 use super::{Held, Result, WorkError};
 use crate::agent::{
@@ -106,6 +107,7 @@ pub(super) async fn execute(held: &Held, task: Task) -> Result<Option<Task>> {
     ));
     let mut recorder = Recorder::new(held, &task, run, model_name.clone());
     let memories = db.memories(&agent.name).await?;
+    let around = surroundings(db, &task).await?;
     let first = Message::User {
         content: vec![Part::Text {
             text: task.document.description.clone(),
@@ -114,7 +116,7 @@ pub(super) async fn execute(held: &Held, task: Task) -> Result<Option<Task>> {
     let (messages, open) = replay(&mut recorder, first, &*toolbox).await?;
     let request = ModelRequest {
         model: model_id,
-        system: Some(prompt(&task, &agent, &memories)),
+        system: Some(prompt(&task, &agent, &memories, around)),
         messages,
         reasoning: effort(&agent),
         ..ModelRequest::default()
@@ -166,7 +168,12 @@ fn ending_of(step: &Step) -> Ending {
 }
 
 /// The instructions before the task's description.
-fn prompt(task: &Task, agent: &AgentRow, memories: &crate::store::Memories) -> String {
+fn prompt(
+    task: &Task,
+    agent: &AgentRow,
+    memories: &crate::store::Memories,
+    around: Vec<String>,
+) -> String {
     let text = |key: &str| agent.definition.get(key).and_then(Value::as_str);
     let persona = Persona {
         name: &agent.name,
@@ -180,6 +187,7 @@ fn prompt(task: &Task, agent: &AgentRow, memories: &crate::store::Memories) -> S
         "You work alone on the task \"{}\" until it is finished; your last answer is its result.",
         task.title
     )];
+    context.extend(around);
     if let Some(expected) = task
         .document
         .expected_outcomes

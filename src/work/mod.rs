@@ -26,6 +26,7 @@ mod judge;
 mod question;
 mod record;
 mod schedule;
+mod surroundings;
 mod task;
 mod timers;
 

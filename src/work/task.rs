@@ -100,6 +100,16 @@ async fn start(
         tx.complete(&held.lease).await?;
         return Ok(Start::Rests);
     }
+    if let Some(place) = task.mission {
+        if tx.is_held_back(task.id).await? {
+            tx.complete(&held.lease).await?;
+            return Ok(Start::Rests);
+        }
+        if tx.is_paused(place.mission).await? {
+            tx.park_for_mission(&held.lease, place.mission).await?;
+            return Ok(Start::Rests);
+        }
+    }
     if !task.document.depends_on.is_empty() {
         let unmet = tx.unmet_needs(task.id).await?;
         if !unmet.is_empty() {

@@ -41,6 +41,36 @@ pub async fn execute(db: &ProjectDb, id: Id<ids::Mission>) -> Result<Execution> 
     Ok(execution)
 }
 
+/// How often a name is looked for that others take at the same time.
+const NAMES: u32 = 5;
+
+/// Makes a mission under a free name and executes it, in one commit.
+///
+/// # Errors
+/// As [`execute`].
+pub async fn launch(
+    db: &ProjectDb,
+    base: &str,
+    document: &Document,
+) -> Result<(Mission, Execution)> {
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        let mut tx = db.begin().await?;
+        let name = tx.free_mission_name(base).await?;
+        let mut mission = Mission::new(name, Utc::now());
+        mission.tell_saved();
+        match tx.create_mission(&mut mission, document).await {
+            Err(error) if error.is_mission_name_taken() && tries < NAMES => continue,
+            Err(error) => return Err(super::taken(error, &mission.name)),
+            Ok(()) => {}
+        }
+        let execution = begin_run(&mut tx, db, &mut mission, None, Utc::now()).await?;
+        tx.commit().await?;
+        return Ok((mission, execution));
+    }
+}
+
 /// Begins a run, for a schedule or a person. The mission must be held.
 pub(in super::super) async fn begin_run(
     tx: &mut ProjectTx,

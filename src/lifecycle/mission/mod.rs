@@ -25,7 +25,7 @@ pub(super) use advance::follow;
 pub use advance::{delay_over, tasks_removed};
 pub use define::{MissionChange, NewMission, create, edit, update};
 pub(super) use execute::begin_run;
-pub use execute::{Execution, execute};
+pub use execute::{Execution, execute, launch};
 pub use finish::deadline;
 pub use steer::{Resumed, abort, delete, pause, resume, resume_checkpoint};
 
