@@ -44,7 +44,9 @@ async fn every_route_without_a_key_is_401() {
             .replace("{id}", "x")
             .replace("{name}", "x")
             .replace("{provider}", "x")
-            .replace("{taskId}", "x");
+            .replace("{taskId}", "x")
+            .replace("{title}", "x")
+            .replace("{member}", "x");
         for prefix in ["", "/api"] {
             let request = app
                 .client
@@ -103,6 +105,26 @@ async fn another_project_and_the_other_world_see_nothing() {
         .unwrap()
         .to_owned();
 
+    let mission = json!({"name": "secret-mission", "prompt": "secret-words", "schedule": "0 0 1 1 *",
+        "team": [{"name": "secret-member"}],
+        "tasks": [
+            {"title": "secret-one", "description": "secret-words", "assignTo": "secret-agent"},
+            {"title": "secret-two", "description": "secret-words", "assignTo": "secret-agent", "dependsOn": ["secret-one"]},
+        ],
+        "checkpoints": [{"name": "secret-barrier", "afterTasks": ["secret-one"], "blocksTasks": ["secret-two"]}],
+        "qualityGates": [{"name": "secret-barrier", "afterTasks": ["secret-one"], "blocksTasks": ["secret-two"]}],
+        "delays": [{"name": "secret-barrier", "afterTasks": ["secret-one"], "blocksTasks": ["secret-two"], "duration": "PT1H"}]});
+    let (status, mission) = answer(app.post("/v1/missions", mission)).await;
+    assert_eq!(status, 201, "{mission}");
+    let mission_id = mission["id"].as_str().unwrap().to_owned();
+    let schedule = answer(app.get("/v1/schedules")).await.1[0]["scheduleId"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    let playbook =
+        json!({"name": "secret-playbook", "description": "secret-words", "mission": {"tasks": []}});
+    assert_eq!(answer(app.post("/v1/playbooks", playbook)).await.0, 201);
+
     let organization = app
         .app
         .db
@@ -128,6 +150,12 @@ async fn another_project_and_the_other_world_see_nothing() {
         ("/v1/tasks/{id}", json!({"description": "mine now"})),
         ("/v1/approvals/{id}/reject", json!({"feedback": "mine now"})),
         ("/v1/approvals/{id}/revise", json!({"feedback": "mine now"})),
+        ("/v1/missions/{id}", json!({"prompt": "mine now"})),
+        (
+            "/v1/missions/{id}/tasks/reorder",
+            json!({"titles": ["secret-one", "secret-two"]}),
+        ),
+        ("/v1/schedules/{id}", json!({"enabled": false})),
         ("/v1/memory", json!({"content": "mine now"})),
         ("/v1/memory/agent/{name}", json!({"content": "mine now"})),
     ]
@@ -146,21 +174,32 @@ async fn another_project_and_the_other_world_see_nothing() {
                 path if path.contains("/teams/{name}") => &["secret-team"],
                 path if path.contains("/tasks/{id}") || path.contains("{taskId}") => &[&task],
                 path if path.contains("/approvals/{id}") => &[&approval],
+                path if path.contains("/missions/{id}") => &[&mission_id],
+                path if path.contains("/schedules/{id}") => &[&schedule, &mission_id],
+                path if path.contains("/playbooks/") || path.contains("/templates/") => {
+                    &["secret-playbook"]
+                }
                 path if path.contains('{') => &["secret-agent", &agent_id],
                 _ => &[""],
             };
             for name in names {
+                let part = if path.contains("/missions/") {
+                    "secret-barrier"
+                } else {
+                    name
+                };
                 let real = path
                     .replace("{id}", name)
-                    .replace("{name}", name)
+                    .replace("{name}", part)
+                    .replace("{title}", "secret-one")
+                    .replace("{member}", "secret-member")
                     .replace("{taskId}", name);
-                let mut request = app
+                let nothing = json!({});
+                let request = app
                     .client
                     .request(method.clone(), format!("{}{real}", app.url))
-                    .bearer_auth(key);
-                if let Some(body) = bodies.get(path.as_str()) {
-                    request = request.json(body);
-                }
+                    .bearer_auth(key)
+                    .json(bodies.get(path.as_str()).unwrap_or(&nothing));
                 let (status, body) = answer(request).await;
                 // A memory need not exist to be read (contract 2.13), nor a process (2.4.2): a stranger's is empty.
                 let empty = path.starts_with("/v1/memory/") || path.contains("/processes/");
@@ -215,6 +254,12 @@ async fn another_project_and_the_other_world_see_nothing() {
     );
     let waiting = answer(app.get("/v1/approvals?status=pending")).await.1;
     assert_eq!(waiting[0]["id"], json!(approval));
+    assert_eq!(
+        answer(app.get(&format!("/v1/missions/{mission_id}")))
+            .await
+            .1,
+        mission
+    );
     let (_, read) = answer(app.get(&format!("/v1/chat/sessions/{session}/messages"))).await;
     assert_eq!(read["session"]["title"], "secret-words");
     assert_eq!(

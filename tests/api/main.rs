@@ -18,6 +18,7 @@ mod engine;
 mod events;
 mod isolation;
 mod memory;
+mod missions;
 mod platform;
 mod playbooks;
 mod processes;
