@@ -38,7 +38,8 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("llm", &["net"]),
     ("event", &[]),
     ("task", &["ids", "event"]),
-    ("store", &["ids", "event", "task"]),
+    ("webhook", &["ids", "event", "net", "seal"]),
+    ("store", &["ids", "event", "task", "webhook"]),
     ("lifecycle", &["ids", "event", "store", "task"]),
     ("embedded", &["seal"]),
     ("agent", &["llm", "ids"]),
@@ -56,6 +57,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "event",
             "ids",
             "seal",
+            "webhook",
         ],
     ),
     // The API and the engine never meet: what both do to tasks is in `lifecycle`.
@@ -71,13 +73,15 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "task",
             "event",
             "ids",
+            "net",
+            "webhook",
         ],
     ),
     ("tools", &["agent", "ids", "llm", "net", "store", "task"]),
     (
         "app",
         &[
-            "api", "config", "llm", "store", "seal", "task", "tools", "work",
+            "api", "config", "ids", "llm", "store", "seal", "task", "tools", "webhook", "work",
         ],
     ),
 ];

@@ -26,3 +26,4 @@ mod settings;
 mod streams;
 mod tasks;
 mod tools;
+mod webhooks;
