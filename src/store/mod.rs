@@ -40,7 +40,7 @@ pub use agents::{AgentRow, NewAgent};
 pub use approvals::{ApprovalRow, NewApproval};
 pub use credentials::{CredentialRow, SealedCredential};
 pub use deliveries::{AttemptRow, Attempted, DeliveryRow, NewDelivery, Noted, Route, Telling};
-pub use events::{EventRange, EventRow, Stream};
+pub use events::{EventRange, EventRow, HeardRow, Stream};
 pub use jobs::{Claimed, Holder, Job, LEASE, Lane, Lease, Standing, until};
 pub use keys::{KeyHash, KeyRow, NewKey};
 pub use memories::{MEMORY_LIMIT, Memories, MemoryOwner};

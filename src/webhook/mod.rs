@@ -96,9 +96,17 @@ fn check_event(pattern: &str) -> Result<(), String> {
     }
 }
 
-/// Whether a webhook listens to an event.
-pub fn listens(patterns: &[String], name: &str) -> bool {
-    patterns.iter().any(|pattern| event::passes(pattern, name))
+/// The pattern as SQL's `like` has it, so that the database leaves out what nobody listens to.
+pub fn as_like(pattern: &str) -> String {
+    let (prefix, any) = match pattern.strip_suffix('*') {
+        Some(prefix) => (prefix, "%"),
+        None => (pattern, ""),
+    };
+    let escaped = prefix
+        .replace('\\', r"\\")
+        .replace('%', r"\%")
+        .replace('_', r"\_");
+    format!("{escaped}{any}")
 }
 
 /// Where webhooks may be.
@@ -277,9 +285,14 @@ mod tests {
         assert!(check_events(&[]).is_err());
         let sentence = check_events(&["watcher:*".to_owned()]).unwrap_err();
         assert!(sentence.contains("task, mission"), "{sentence}");
-        let patterns = ["agent:*".to_owned(), "task:created".to_owned()];
-        assert!(listens(&patterns, "agent:spawned") && listens(&patterns, "task:created"));
-        assert!(!listens(&patterns, "task:updated"));
+        for (pattern, like) in [
+            ("*", "%"),
+            ("task:*", "task:%"),
+            ("task:a_b", r"task:a\_b"),
+            (r"100%\", r"100\%\\"),
+        ] {
+            assert_eq!(as_like(pattern), like);
+        }
     }
 
     #[test]

@@ -32,6 +32,8 @@ pub struct Queue {
     /// The first of each resource that is not out, by when it may go.
     waiting: BTreeSet<(DateTime<Utc>, i64, String)>,
     count: usize,
+    /// Those of resources whose first has failed.
+    held_up: usize,
 }
 
 #[derive(Debug, Default)]
@@ -39,6 +41,14 @@ struct Resource {
     items: VecDeque<Item>,
     /// Whether the first is out.
     is_out: bool,
+}
+
+impl Resource {
+    /// How many wait because the first has failed.
+    fn held_up(&self) -> usize {
+        let has_failed = self.items.front().is_some_and(|first| first.attempts > 0);
+        if has_failed { self.items.len() } else { 0 }
+    }
 }
 
 impl Queue {
@@ -52,6 +62,11 @@ impl Queue {
         self.count == 0
     }
 
+    /// How many are not held up by a failure.
+    pub fn ready(&self) -> usize {
+        self.count - self.held_up
+    }
+
     /// Adds a delivery that comes after all of its resource that were added before.
     pub fn push(&mut self, item: Item) {
         let resource = self.resources.entry(item.resource.clone()).or_default();
@@ -59,7 +74,9 @@ impl Queue {
             self.waiting
                 .insert((item.next_at, item.seq, item.resource.clone()));
         }
+        let before = resource.held_up();
         resource.items.push_back(item);
+        self.held_up += resource.held_up() - before;
         self.count += 1;
     }
 
@@ -91,7 +108,9 @@ impl Queue {
             return;
         };
         resource.is_out = false;
+        self.held_up -= resource.held_up();
         resource.items.pop_front();
+        self.held_up += resource.held_up();
         self.count -= 1;
         match resource.items.front() {
             Some(next) => {
@@ -110,12 +129,14 @@ impl Queue {
             return;
         };
         resource.is_out = false;
+        self.held_up -= resource.held_up();
         if let Some(first) = resource.items.front_mut() {
             first.attempts += 1;
             first.first_attempt_at.get_or_insert(tried_at);
             first.next_at = next_at;
             self.waiting.insert((next_at, first.seq, name.to_owned()));
         }
+        self.held_up += resource.held_up();
     }
 }
 
@@ -172,7 +193,7 @@ mod tests {
                     None => now = queue.next_at().unwrap(),
                 }
             }
-            prop_assert_eq!(queue.next_at(), None);
+            prop_assert_eq!((queue.next_at(), queue.ready()), (None, 0));
             prop_assert_eq!(delivered.values().map(Vec::len).sum::<usize>(), resources.len());
             prop_assert!(delivered.values().all(|seqs| seqs.is_sorted()));
         }
@@ -189,6 +210,7 @@ mod tests {
         queue.again(&first.resource, now, now + Duration::seconds(5));
         assert_eq!(queue.take(now).unwrap().seq, 3);
         assert_eq!(queue.take(now), None);
+        assert_eq!((queue.len(), queue.ready()), (3, 1));
         let again = queue.take(now + Duration::seconds(5)).unwrap();
         assert_eq!(
             (again.seq, again.attempts, again.first_attempt_at),
@@ -196,6 +218,6 @@ mod tests {
         );
         queue.done("1");
         assert_eq!(queue.take(now).unwrap().seq, 2);
-        assert_eq!(queue.len(), 2);
+        assert_eq!((queue.len(), queue.ready()), (2, 2));
     }
 }

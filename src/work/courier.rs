@@ -20,7 +20,7 @@ use super::{Held, Result, WorkError};
 use crate::event::Event;
 use crate::ids::{Id, Webhook};
 use crate::store::{
-    Attempted, EventRow, NewDelivery, Noted, ProjectDb, Route, SealedSecret, StoreError, Topic,
+    Attempted, NewDelivery, Noted, ProjectDb, Route, SealedSecret, StoreError, Topic,
 };
 use crate::webhook::{self, Item, PATIENCE, Queue, Signer};
 
@@ -28,8 +28,10 @@ use crate::webhook::{self, Item, PATIENCE, Queue, Signer};
 const AT_ONCE: usize = 16;
 /// Deliveries of one webhook that wait. Beyond it events wait in the log.
 const BACKLOG: usize = 10_000;
+/// Deliveries that are ready to go out. Beyond it the log is not read on: a receiver that is slow or dead costs no more.
+const AHEAD: usize = 512;
 /// Events that are read from the log at once.
-const PAGE: i64 = 200;
+const PAGE: i64 = 500;
 /// Events that may be looked at in vain before that is written down.
 const VAIN: i64 = 2_000;
 /// Events of so long a time are read together.
@@ -99,6 +101,8 @@ struct Courier<'a> {
     held: &'a Held,
     id: Id<Webhook>,
     route: Route,
+    /// What it listens to, for the database.
+    likes: Vec<String>,
     signers: Arc<Signers>,
     queue: Queue,
     /// The events that were looked at; those of no interest are written down now and then.
@@ -110,6 +114,8 @@ struct Courier<'a> {
     /// When to read the log.
     read_at: Option<Instant>,
     read_last: Instant,
+    /// Whether there may be events that were left for later.
+    behind: bool,
     /// Whether the webhook has changed: when nothing is out any more, all is loaded anew.
     stale: bool,
     /// Since when there is nothing to do.
@@ -160,8 +166,14 @@ impl<'a> Courier<'a> {
             },
             read_at: Some(Instant::now()),
             read_last: Instant::now(),
+            behind: false,
             stale: false,
             idle_since: Instant::now(),
+            likes: route
+                .events
+                .iter()
+                .map(|one| webhook::as_like(one))
+                .collect(),
             route,
         }))
     }
@@ -242,10 +254,11 @@ impl<'a> Courier<'a> {
     async fn read_on(&mut self) -> Result<()> {
         self.read_at = None;
         self.read_last = Instant::now();
-        if self.queue.len() >= BACKLOG {
+        self.behind = self.queue.len() >= BACKLOG || self.queue.ready() >= AHEAD;
+        if self.behind {
             return Ok(());
         }
-        let rows = self.db().events_after(self.seen, PAGE).await?;
+        let rows = self.db().events_for(&self.likes, self.seen, PAGE).await?;
         let Some(last) = rows.last().map(|row| row.seq) else {
             return self.look().await;
         };
@@ -254,8 +267,7 @@ impl<'a> Courier<'a> {
         }
         let new: Vec<NewDelivery> = rows
             .into_iter()
-            .filter(|row| webhook::listens(&self.route.events, &row.name))
-            .map(|row| delivery(&row))
+            .filter_map(|row| Some(delivery(row.seq, row.name, &row.payload?)))
             .collect();
         self.seen = last;
         if !new.is_empty() || last - self.route.cursor > VAIN {
@@ -269,7 +281,7 @@ impl<'a> Courier<'a> {
         let (last, revision) = self.db().news(self.id).await?;
         self.stale |= revision != self.route.revision;
         if last > self.seen {
-            let rows = self.db().events_after(self.seen, 1).await?;
+            let rows = self.db().events_for(&[], self.seen, 1).await?;
             if rows.is_empty() {
                 tracing::warn!(webhook = %self.id, "the event log was pruned before a webhook was told of all");
                 self.seen = last;
@@ -380,6 +392,9 @@ impl<'a> Courier<'a> {
         }
         self.record(&landed).await?;
         self.idle_since = Instant::now();
+        if self.behind {
+            self.read_at.get_or_insert(self.idle_since);
+        }
         Ok(())
     }
 
@@ -506,12 +521,12 @@ fn signers(held: &Held, id: Id<Webhook>, route: &Route) -> Option<Signers> {
     })
 }
 
-fn delivery(row: &EventRow) -> NewDelivery {
+fn delivery(seq: i64, event: String, payload: &str) -> NewDelivery {
     NewDelivery {
         id: Id::new(),
-        seq: row.seq,
-        resource: webhook::resource(&row.name, &row.payload),
-        body: webhook::body(row.seq, &row.name, &row.payload),
-        event: row.name.clone(),
+        seq,
+        resource: webhook::resource(&event, payload),
+        body: webhook::body(seq, &event, payload),
+        event,
     }
 }
