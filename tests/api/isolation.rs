@@ -6,7 +6,7 @@ use polpo::store::World;
 use reqwest::Method;
 use serde_json::{Value, json};
 
-use crate::harness::{TestApp, answer};
+use crate::harness::{TestApp, answer, eventually};
 
 /// Every documented path with its methods.
 async fn routes(app: &TestApp) -> Vec<(Method, String, bool)> {
@@ -44,7 +44,8 @@ async fn every_route_without_a_key_is_401() {
             .replace("{id}", "x")
             .replace("{name}", "x")
             .replace("{provider}", "x")
-            .replace("{taskId}", "x");
+            .replace("{taskId}", "x")
+            .replace("{deliveryId}", "x");
         for prefix in ["", "/api"] {
             let request = app
                 .client
@@ -103,6 +104,21 @@ async fn another_project_and_the_other_world_see_nothing() {
         .unwrap()
         .to_owned();
 
+    let hook = json!({"url": "http://127.0.0.1:9/secret-hook", "events": ["task:created"]});
+    let webhook = answer(app.post("/v1/webhooks", hook)).await.1["id"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    let told = json!({"title": "secret-told", "description": "secret-words", "assignTo": "secret-agent", "draft": true});
+    answer(app.post("/v1/tasks", told)).await;
+    let mut delivery = String::new();
+    eventually("there is a delivery", async || {
+        let (_, listed) = answer(app.get(&format!("/v1/webhooks/{webhook}/deliveries"))).await;
+        delivery = listed[0]["id"].as_str().unwrap_or_default().to_owned();
+        !delivery.is_empty()
+    })
+    .await;
+
     let organization = app
         .app
         .db
@@ -128,6 +144,7 @@ async fn another_project_and_the_other_world_see_nothing() {
         ("/v1/tasks/{id}", json!({"description": "mine now"})),
         ("/v1/approvals/{id}/reject", json!({"feedback": "mine now"})),
         ("/v1/approvals/{id}/revise", json!({"feedback": "mine now"})),
+        ("/v1/webhooks/{id}", json!({"enabled": false})),
         ("/v1/memory", json!({"content": "mine now"})),
         ("/v1/memory/agent/{name}", json!({"content": "mine now"})),
     ]
@@ -146,6 +163,7 @@ async fn another_project_and_the_other_world_see_nothing() {
                 path if path.contains("/teams/{name}") => &["secret-team"],
                 path if path.contains("/tasks/{id}") || path.contains("{taskId}") => &[&task],
                 path if path.contains("/approvals/{id}") => &[&approval],
+                path if path.contains("/webhooks/{id}") => &[&webhook],
                 path if path.contains('{') => &["secret-agent", &agent_id],
                 _ => &[""],
             };
@@ -153,7 +171,8 @@ async fn another_project_and_the_other_world_see_nothing() {
                 let real = path
                     .replace("{id}", name)
                     .replace("{name}", name)
-                    .replace("{taskId}", name);
+                    .replace("{taskId}", name)
+                    .replace("{deliveryId}", &delivery);
                 let mut request = app
                     .client
                     .request(method.clone(), format!("{}{real}", app.url))
@@ -213,6 +232,8 @@ async fn another_project_and_the_other_world_see_nothing() {
         (&untouched["status"], &untouched["description"]),
         (&json!("draft"), &json!("secret-words"))
     );
+    let hook = answer(app.get(&format!("/v1/webhooks/{webhook}"))).await.1;
+    assert_eq!(hook["enabled"], true, "{hook}");
     let waiting = answer(app.get("/v1/approvals?status=pending")).await.1;
     assert_eq!(waiting[0]["id"], json!(approval));
     let (_, read) = answer(app.get(&format!("/v1/chat/sessions/{session}/messages"))).await;
