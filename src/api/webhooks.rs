@@ -16,7 +16,8 @@ use crate::app::App;
 use crate::event::{id as event_id, timestamp};
 use crate::ids::{Delivery, Id, Webhook};
 use crate::store::{
-    AttemptRow, DeliveryRow, NewWebhook, ProjectDb, SealedSecret, StoreError, Telling, WebhookRow,
+    AttemptRow, DeliveryFilter, DeliveryRow, NewWebhook, ProjectDb, SealedSecret, StoreError,
+    WebhookRow,
 };
 use crate::webhook::{MOST, check_events, check_url, new_secret};
 
@@ -414,7 +415,7 @@ pub async fn list_deliveries(
             "`status` must be one of pending, delivered, failed.",
         ));
     }
-    let which = Telling {
+    let which = DeliveryFilter {
         webhook,
         status,
         before: page.after()?,

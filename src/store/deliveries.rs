@@ -48,7 +48,7 @@ pub struct NewDelivery {
 
 /// One try of a delivery, and what follows from it.
 #[derive(Debug)]
-pub struct Attempted {
+pub struct NewAttempt {
     /// The delivery.
     pub id: Id<Delivery>,
     /// The how manieth try it was, from 1.
@@ -71,7 +71,7 @@ pub struct Attempted {
 
 /// How a receiver stands after its last tries.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Noted {
+pub struct Health {
     /// When the first failure since the last success was.
     pub failing_since: Option<DateTime<Utc>>,
     /// How many failures there were since.
@@ -82,7 +82,7 @@ pub struct Noted {
 
 /// Which deliveries of a webhook.
 #[derive(Debug, Clone, Copy)]
-pub struct Telling<'a> {
+pub struct DeliveryFilter<'a> {
     /// The webhook.
     pub webhook: Id<Webhook>,
     /// `pending`, `delivered` or `failed`.
@@ -302,8 +302,8 @@ impl ProjectDb {
     pub async fn record_attempts(
         &self,
         lease: &Lease,
-        tries: &[Attempted],
-        noted: Noted,
+        tries: &[NewAttempt],
+        health: Health,
     ) -> Result<()> {
         let (_, subject) = lease.job.columns();
         let ids: Vec<Uuid> = tries.iter().map(|one| one.id.uuid()).collect();
@@ -336,7 +336,7 @@ impl ProjectDb {
                     ended_at = case when t.status = 'pending' then null else clock_timestamp() end
                 from tried t
                 where d.project_id = $1 and d.id = t.id
-            ), noted as (
+            ), stands as (
                 update webhooks set failing_since = $13, failures = $14, resume_at = $15
                 from held
                 where webhooks.project_id = $1 and webhooks.id = $2
@@ -355,9 +355,9 @@ impl ProjectDb {
             &responses as _,
             &statuses as _,
             &next as _,
-            noted.failing_since.map(to_micros),
-            noted.failures,
-            noted.resume_at.map(to_micros),
+            health.failing_since.map(to_micros),
+            health.failures,
+            health.resume_at.map(to_micros),
             LEASE.as_secs_f64()
         )
         .fetch_one(&self.pool)
@@ -369,7 +369,7 @@ impl ProjectDb {
     ///
     /// # Errors
     /// When the database cannot be reached.
-    pub async fn deliveries(&self, which: Telling<'_>) -> Result<Vec<DeliveryRow>> {
+    pub async fn deliveries(&self, which: DeliveryFilter<'_>) -> Result<Vec<DeliveryRow>> {
         Ok(sqlx::query_as!(
             DeliveryRow,
             "select id, seq, event, status, attempts, next_at, created_at, ended_at

@@ -39,7 +39,9 @@ mod webhooks;
 pub use agents::{AgentRow, NewAgent};
 pub use approvals::{ApprovalRow, NewApproval};
 pub use credentials::{CredentialRow, SealedCredential};
-pub use deliveries::{AttemptRow, Attempted, DeliveryRow, NewDelivery, Noted, Route, Telling};
+pub use deliveries::{
+    AttemptRow, DeliveryFilter, DeliveryRow, Health, NewAttempt, NewDelivery, Route,
+};
 pub use events::{EventRange, EventRow, HeardRow, Stream};
 pub use jobs::{Claimed, Holder, Job, LEASE, Lane, Lease, Standing, until};
 pub use keys::{KeyHash, KeyRow, NewKey};

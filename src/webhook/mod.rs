@@ -29,7 +29,7 @@ const LONGEST: Duration = Duration::from_hours(6);
 /// The longest rest of a receiver that fails whatever it is sent.
 const LONGEST_REST: Duration = Duration::from_mins(1);
 /// Failures in a row after which a receiver is taken to fail whatever it is sent.
-pub const PATIENCE: i32 = 16;
+const PATIENCE: i32 = 8;
 
 /// What events can begin with.
 const NAMESPACES: &[&str] = &[
@@ -399,7 +399,7 @@ mod tests {
             );
         }
         let second = Duration::from_secs(1);
-        for (failures, seconds) in [(0, 0), (15, 0), (16, 1), (17, 2), (22, 60), (i32::MAX, 60)] {
+        for (failures, seconds) in [(0, 0), (7, 0), (8, 1), (9, 2), (14, 60), (i32::MAX, 60)] {
             assert_eq!(rest(second, failures).as_secs(), seconds, "{failures}");
         }
     }

@@ -20,12 +20,14 @@ use super::{Held, Result, WorkError};
 use crate::event::Event;
 use crate::ids::{Id, Webhook};
 use crate::store::{
-    Attempted, NewDelivery, Noted, ProjectDb, Route, SealedSecret, StoreError, Topic,
+    Health, NewAttempt, NewDelivery, ProjectDb, Route, SealedSecret, StoreError, Topic,
 };
-use crate::webhook::{self, Item, PATIENCE, Queue, Signer};
+use crate::webhook::{self, Item, Queue, Signer};
 
-/// Requests that are out at once.
+/// Requests that are out at once, at most and at first: it is one more with each success and half with each failure, so
+/// that many receivers that are dead do not take the process' sockets.
 const AT_ONCE: usize = 16;
+const AT_FIRST: usize = 4;
 /// Deliveries of one webhook that wait. Beyond it events wait in the log.
 const BACKLOG: usize = 10_000;
 /// Deliveries that are ready to go out. Beyond it the log is not read on: a receiver that is slow or dead costs no more.
@@ -110,7 +112,9 @@ struct Courier<'a> {
     /// Bytes of the bodies in the queue.
     bodies: usize,
     flights: JoinSet<Landed>,
-    noted: Noted,
+    health: Health,
+    /// Requests that may be out at once.
+    allowed: usize,
     /// When to read the log.
     read_at: Option<Instant>,
     read_last: Instant,
@@ -159,11 +163,12 @@ impl<'a> Courier<'a> {
             seen: route.cursor,
             bodies: 0,
             flights: JoinSet::new(),
-            noted: Noted {
+            health: Health {
                 failing_since: route.failing_since,
                 failures: route.failures,
                 resume_at: route.resume_at,
             },
+            allowed: if route.failures > 0 { 1 } else { AT_FIRST },
             read_at: Some(Instant::now()),
             read_last: Instant::now(),
             behind: false,
@@ -224,14 +229,20 @@ impl<'a> Courier<'a> {
 
     /// Whether to wait for something, and until when, or to rest.
     fn next(&self) -> Next {
+        let now = Utc::now();
         if !self.flights.is_empty() {
-            return Next::Wait(self.read_at);
+            let due = self
+                .queue
+                .next_at()
+                .map(|due| due.max(self.health.resume_at.unwrap_or(due)));
+            let may_go = !self.stale && self.flights.len() < self.allowed;
+            let due = due.filter(|_| may_go).map(|due| instant(due, now));
+            return Next::Wait([due, self.read_at].into_iter().flatten().min());
         }
         if self.stale {
             return Next::Wait(Some(Instant::now()));
         }
-        let now = Utc::now();
-        if let Some(resume_at) = self.noted.resume_at.filter(|at| *at > now) {
+        if let Some(resume_at) = self.health.resume_at.filter(|at| *at > now) {
             return Next::Rest(Some(resume_at), true);
         }
         let due = self.queue.next_at();
@@ -245,7 +256,7 @@ impl<'a> Courier<'a> {
         if end <= Instant::now() && self.read_at.is_none() {
             return Next::Rest(due, false);
         }
-        let due = due.map(|due| Instant::now() + (due - now).to_std().unwrap_or_default());
+        let due = due.map(|due| instant(due, now));
         let soonest = [due, self.read_at].into_iter().flatten().min();
         Next::Wait(Some(soonest.map_or(end, |soonest| soonest.min(end))))
     }
@@ -262,6 +273,9 @@ impl<'a> Courier<'a> {
         let Some(last) = rows.last().map(|row| row.seq) else {
             return self.look().await;
         };
+        if rows.first().is_some_and(|row| row.seq > self.seen + 1) {
+            tracing::warn!(webhook = %self.id, "the event log was pruned before a webhook was told of all");
+        }
         if i64::try_from(rows.len()).is_ok_and(|count| count == PAGE) {
             self.read_at = Some(Instant::now());
         }
@@ -321,17 +335,11 @@ impl<'a> Courier<'a> {
     /// Sends what may go out now.
     async fn launch(&mut self) -> Result<()> {
         let now = Utc::now();
-        if self.stale || self.noted.resume_at.is_some_and(|at| at > now) {
+        if self.stale || self.health.resume_at.is_some_and(|at| at > now) {
             return Ok(());
         }
-        // One that fails whatever it is sent is only tried.
-        let most = if self.noted.failures >= PATIENCE {
-            1
-        } else {
-            AT_ONCE
-        };
         let mut ready = Vec::new();
-        while self.flights.len() + ready.len() < most
+        while self.flights.len() + ready.len() < self.allowed
             && let Some(item) = self.queue.take(now)
         {
             ready.push(item);
@@ -399,15 +407,20 @@ impl<'a> Courier<'a> {
     }
 
     async fn record(&mut self, landed: &[Landed]) -> Result<()> {
-        let mut noted = self.noted;
-        let tries: Vec<Attempted> = landed
+        let mut health = self.health;
+        let tries: Vec<NewAttempt> = landed
             .iter()
-            .map(|one| self.judge(one, &mut noted))
+            .map(|one| self.judge(one, &mut health))
             .collect();
         let lease = &self.held.lease;
-        self.db().record_attempts(lease, &tries, noted).await?;
-        self.noted = noted;
+        self.db().record_attempts(lease, &tries, health).await?;
+        self.health = health;
         for (one, tried) in landed.iter().zip(&tries) {
+            self.allowed = if one.answer.error.is_none() {
+                (self.allowed + 1).min(AT_ONCE)
+            } else {
+                (self.allowed / 2).max(1)
+            };
             match tried.next_at {
                 Some(next_at) => self.queue.again(&one.item.resource, one.at, next_at),
                 None => self.queue.done(&one.item.resource),
@@ -419,7 +432,7 @@ impl<'a> Courier<'a> {
                 .await;
         }
         let patience = self.held.app.config.webhook_patience();
-        let failing = noted.failing_since.map(|since| Utc::now() - since);
+        let failing = health.failing_since.map(|since| Utc::now() - since);
         if failing.is_some_and(|failing| failing.to_std().is_ok_and(|time| time >= patience)) {
             let hours = patience.as_secs_f64() / 3600.0;
             return self
@@ -430,20 +443,20 @@ impl<'a> Courier<'a> {
     }
 
     /// What follows from an answer.
-    fn judge(&self, landed: &Landed, noted: &mut Noted) -> Attempted {
+    fn judge(&self, landed: &Landed, health: &mut Health) -> NewAttempt {
         let (item, answer) = (&landed.item, &landed.answer);
         let config = &self.held.app.config;
         let first_pause = Duration::from_millis(config.webhook_pause_ms);
         let number = item.attempts + 1;
         let now = Utc::now();
         let (status, next_at) = if answer.error.is_none() {
-            *noted = Noted::default();
+            *health = Health::default();
             ("delivered", None)
         } else {
-            noted.failures += 1;
-            noted.failing_since.get_or_insert(landed.at);
-            let rest = webhook::rest(first_pause, noted.failures);
-            noted.resume_at = (!rest.is_zero()).then(|| now + rest);
+            health.failures += 1;
+            health.failing_since.get_or_insert(landed.at);
+            let rest = webhook::rest(first_pause, health.failures);
+            health.resume_at = (!rest.is_zero()).then(|| now + rest);
             let end = item.first_attempt_at.unwrap_or(landed.at) + config.webhook_patience();
             let pause = webhook::backoff(first_pause, number, rand::random());
             if now >= end || answer.status_code == Some(410) {
@@ -452,7 +465,7 @@ impl<'a> Courier<'a> {
                 ("pending", Some((now + pause).min(end)))
             }
         };
-        Attempted {
+        NewAttempt {
             id: item.id,
             number,
             at: landed.at,
@@ -506,6 +519,10 @@ impl<'a> Courier<'a> {
         self.db().hand_over(&self.held.lease).await?;
         Ok(())
     }
+}
+
+fn instant(at: DateTime<Utc>, now: DateTime<Utc>) -> Instant {
+    Instant::now() + (at - now).to_std().unwrap_or_default()
 }
 
 fn signers(held: &Held, id: Id<Webhook>, route: &Route) -> Option<Signers> {

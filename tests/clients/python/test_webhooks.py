@@ -52,5 +52,6 @@ def test_a_delivery_is_what_the_sdk_takes_for_genuine(client, agent, receiver):
         assert again == body
         for secret in (hook["secret"], rotated["secret"]):
             assert client.webhooks.unwrap(again, headers, secret=secret).id == event.id
+        call("DELETE", f"{URL}/tasks/{task['id']}")
     finally:
         call("DELETE", f"{URL}/webhooks/{hook['id']}")
