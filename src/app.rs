@@ -15,15 +15,18 @@ use uuid::Uuid;
 
 use crate::api;
 use crate::config::{Config, ConfigError};
+use crate::ids::{Id, Webhook};
 use crate::llm::{Credential, ProjectCredentials, Provider, Providers, ResolveError};
 use crate::mission::Document;
 use crate::seal::{self, Seal, SealError, sha256};
 use crate::store::{
-    AgentRow, Db, KeyRow, NewKey, PoolSettings, ProjectDb, Result as StoreResult, StoreError, World,
+    AgentRow, Db, KeyRow, NewKey, PoolSettings, ProjectDb, Result as StoreResult, SealedSecret,
+    StoreError, World,
 };
 use crate::task::Settings;
 use crate::tools::Fetcher;
-use crate::work;
+use crate::webhook::Reach;
+use crate::work::{self, Poster};
 
 /// The model of an agent that names none.
 pub const DEFAULT_MODEL: &str = "echo";
@@ -57,6 +60,8 @@ pub struct Shared {
     pub providers: Providers,
     /// The client of the tool `http_fetch`.
     pub fetcher: Fetcher,
+    /// The client of webhooks' couriers.
+    pub poster: Poster,
     /// The event streams' feeds.
     pub feeds: api::events::Feeds,
     /// The request rates.
@@ -110,8 +115,15 @@ impl App {
             .context("the OpenAPI document cannot be written")?;
         let fetcher =
             Fetcher::new(config.private_fetches).context("the HTTP client cannot start")?;
+        let reach = Reach {
+            http: config.webhook_http,
+            private: config.private_webhooks,
+        };
+        let timeout = Duration::from_millis(config.webhook_timeout_ms);
+        let poster = Poster::new(reach, timeout).context("the HTTP client cannot start")?;
         Ok(Self(Arc::new(Shared {
             fetcher,
+            poster,
             feeds: api::events::Feeds::default(),
             limits: api::limit::Limits::new(config.rate_limit),
             db,
@@ -171,16 +183,13 @@ impl App {
         self.db.close().await;
     }
 
-    /// Deletes events that are older than they are kept.
+    /// Deletes events that are older than they are kept, and deliveries that ended so long ago.
     async fn prune_events(&self) -> StoreResult<()> {
         let kept = chrono::Duration::hours(i64::from(self.config.event_retention_hours));
+        let oldest = chrono::Utc::now() - kept;
         for world in World::ALL {
-            while self
-                .db
-                .prune_events(world, chrono::Utc::now() - kept)
-                .await?
-                > 0
-            {}
+            while self.db.prune_events(world, oldest).await? > 0 {}
+            while self.db.prune_deliveries(world, oldest).await? > 0 {}
         }
         Ok(())
     }
@@ -268,6 +277,38 @@ impl Shared {
             self.seal.id().to_owned(),
             self.seal.seal(&place(project, provider), key)?,
         ))
+    }
+
+    /// Seals what signs a webhook's deliveries.
+    ///
+    /// # Errors
+    /// When the system has no random bytes.
+    pub fn seal_webhook_secret(
+        &self,
+        project: Uuid,
+        webhook: Id<Webhook>,
+        secret: &SecretString,
+    ) -> Result<SealedSecret, SealError> {
+        Ok(SealedSecret {
+            sealed_with: self.seal.id().to_owned(),
+            sealed: self
+                .seal
+                .seal(&place_of_webhook(project, webhook), secret)?,
+        })
+    }
+
+    /// Opens what signs a webhook's deliveries.
+    ///
+    /// # Errors
+    /// [`SealError::Foreign`].
+    pub fn open_webhook_secret(
+        &self,
+        project: Uuid,
+        webhook: Id<Webhook>,
+        secret: &SealedSecret,
+    ) -> Result<SecretString, SealError> {
+        self.seal
+            .open(&place_of_webhook(project, webhook), &secret.sealed)
     }
 
     /// The project's own provider keys, opened.
@@ -406,6 +447,10 @@ pub enum CredentialsError {
 
 fn place(project: Uuid, provider: &str) -> String {
     format!("{project}/{provider}")
+}
+
+fn place_of_webhook(project: Uuid, webhook: Id<Webhook>) -> String {
+    format!("{project}/{webhook}")
 }
 
 fn constant_time_eq(a: &[u8; 32], b: &[u8; 32]) -> bool {

@@ -88,6 +88,30 @@ pub struct Config {
     #[arg(long, env = "POLPO_PRIVATE_FETCHES", default_value_t = false, action = clap::ArgAction::Set)]
     pub private_fetches: bool,
 
+    /// Whether webhooks may be at http URLs. `polpo dev` allows it.
+    #[arg(long, env = "POLPO_WEBHOOK_HTTP", default_value_t = false, action = clap::ArgAction::Set)]
+    pub webhook_http: bool,
+
+    /// Whether webhooks may be at private, loopback and link-local addresses. `polpo dev` allows it.
+    #[arg(long, env = "POLPO_PRIVATE_WEBHOOKS", default_value_t = false, action = clap::ArgAction::Set)]
+    pub private_webhooks: bool,
+
+    /// How long a delivery is tried again, and a webhook may fail before it is disabled, in hours.
+    #[arg(long, env = "POLPO_WEBHOOK_RETRY_HOURS", default_value_t = 72, value_parser = clap::value_parser!(u32).range(1..=8_760))]
+    pub webhook_retry_hours: u32,
+
+    /// The same in milliseconds, in its place. For tests.
+    #[arg(long, hide = true)]
+    pub webhook_retry_ms: Option<u64>,
+
+    /// How long a receiver may take to answer a delivery, in milliseconds. Fixed but for tests.
+    #[arg(long, hide = true, default_value_t = 10_000)]
+    pub webhook_timeout_ms: u64,
+
+    /// The pause before a delivery is tried again for the first time, in milliseconds. Fixed but for tests.
+    #[arg(long, hide = true, default_value_t = 5_000)]
+    pub webhook_pause_ms: u64,
+
     /// The most jobs that this process does at once.
     #[arg(long, env = "POLPO_WORKER_SLOTS", default_value_t = 256, value_parser = slots)]
     pub worker_slots: usize,
@@ -197,6 +221,12 @@ impl Config {
     /// How long a request waits for a database connection.
     pub fn acquire_timeout(&self) -> Duration {
         Duration::from_millis(self.acquire_timeout_ms)
+    }
+
+    /// How long a delivery is tried again, and a webhook may fail before it is disabled.
+    pub fn webhook_patience(&self) -> Duration {
+        let hours = Duration::from_hours(u64::from(self.webhook_retry_hours));
+        self.webhook_retry_ms.map_or(hours, Duration::from_millis)
     }
 
     /// How long a stream may be silent before a comment goes out.

@@ -57,6 +57,8 @@ async fn serve(
     let settings = Settings::read(&config.home)?;
     config.database_url = Some(url.into());
     config.private_base_urls = true;
+    config.private_webhooks = true;
+    config.webhook_http = true;
     if config.master_key.is_none() {
         config.master_key = Some(kept_master_key(&config.home)?);
     }

@@ -32,6 +32,11 @@ impl Event {
     }
 }
 
+/// The id of the event with this number in its project.
+pub fn id(seq: i64) -> String {
+    format!("evt_{seq:05}")
+}
+
 /// ISO 8601 in UTC with milliseconds (contract 1.7).
 pub fn timestamp(at: DateTime<Utc>) -> String {
     at.to_rfc3339_opts(SecondsFormat::Millis, true)

@@ -50,6 +50,10 @@ kinds! {
     Approval = "apr",
     /// What a run left behind.
     Outcome = "out",
+    /// Another system that is told of events.
+    Webhook = "wh",
+    /// An event on its way to a webhook.
+    Delivery = "whd",
 }
 
 /// The text is not an id of the expected kind.

@@ -3,7 +3,7 @@
 //! The modules in reading order: [`config`] holds the settings, [`cli`] runs a role, [`app`] is what all
 //! share; [`api`] speaks HTTP, [`tools`] are what agents can call on the server, [`agent`] runs a turn,
 //! [`work`] runs tasks, [`lifecycle`] is what can be done to one; [`llm`] speaks to model providers, [`store`] to
-//! Postgres; [`task`], [`mission`], [`event`], [`ids`], [`net`] and [`seal`] are plain values.
+//! Postgres; [`task`], [`mission`], [`webhook`], [`event`], [`ids`], [`net`] and [`seal`] are plain values.
 
 pub mod agent;
 pub mod api;
@@ -22,4 +22,5 @@ pub mod seal;
 pub mod store;
 pub mod task;
 pub mod tools;
+pub mod webhook;
 pub mod work;

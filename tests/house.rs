@@ -39,7 +39,8 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("event", &[]),
     ("task", &["ids", "event"]),
     ("mission", &["ids", "event", "task"]),
-    ("store", &["ids", "event", "mission", "task"]),
+    ("webhook", &["ids", "event", "net", "seal"]),
+    ("store", &["ids", "event", "mission", "task", "webhook"]),
     ("lifecycle", &["ids", "event", "mission", "store", "task"]),
     ("embedded", &["seal"]),
     ("agent", &["llm", "ids"]),
@@ -59,6 +60,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "event",
             "ids",
             "seal",
+            "webhook",
         ],
     ),
     // The API and the engine never meet: what both do to tasks is in `lifecycle`.
@@ -75,13 +77,16 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "task",
             "event",
             "ids",
+            "net",
+            "webhook",
         ],
     ),
     ("tools", &["agent", "ids", "llm", "net", "store", "task"]),
     (
         "app",
         &[
-            "api", "config", "llm", "mission", "store", "seal", "task", "tools", "work",
+            "api", "config", "ids", "llm", "mission", "store", "seal", "task", "tools", "webhook",
+            "work",
         ],
     ),
 ];

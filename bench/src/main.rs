@@ -13,6 +13,7 @@ mod report;
 mod run;
 mod tasks;
 mod upstream;
+mod webhooks;
 
 #[derive(Parser)]
 struct Cli {

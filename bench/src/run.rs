@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::load::{Measured, Target};
 use crate::process::{Server, cpu_seconds, cpu_seconds_of_tree, resident_mb};
 use crate::report::{Report, percentile};
-use crate::tasks;
+use crate::{tasks, webhooks};
 
 #[derive(Args)]
 pub(crate) struct Options {
@@ -33,6 +33,9 @@ pub(crate) struct Options {
     /// Measure the engine alone.
     #[arg(long)]
     only_tasks: bool,
+    /// Measure webhooks alone.
+    #[arg(long)]
+    only_webhooks: bool,
     /// Requests of each closed loop.
     #[arg(long, default_value_t = 4000)]
     requests: usize,
@@ -63,6 +66,9 @@ async fn measure(options: &Options, cluster: &Cluster) -> anyhow::Result<()> {
     let upstream = Server::start(&me, &["upstream", "--port", "4801"], &[], 4801).await?;
     if options.only_tasks {
         return tasks::measure(&options.polpo, cluster, &upstream.url, options.sustained).await;
+    }
+    if options.only_webhooks {
+        return webhooks::measure(&options.polpo, cluster, &upstream.url).await;
     }
     let pass = Server::start(
         &me,
@@ -152,7 +158,8 @@ async fn measure(options: &Options, cluster: &Cluster) -> anyhow::Result<()> {
     report.print(SYSTEMS);
     // The engine has the machine for itself.
     drop((pass, reference, polpo));
-    tasks::measure(&options.polpo, cluster, &upstream.url, options.sustained).await
+    tasks::measure(&options.polpo, cluster, &upstream.url, options.sustained).await?;
+    webhooks::measure(&options.polpo, cluster, &upstream.url).await
 }
 
 async fn drive(

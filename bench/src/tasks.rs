@@ -23,21 +23,21 @@ const CALL_MS: f64 = 50.0;
 
 /// One project of a running polpo.
 #[derive(Clone)]
-struct Project {
-    client: reqwest::Client,
-    url: String,
-    key: String,
+pub(crate) struct Project {
+    pub(crate) client: reqwest::Client,
+    pub(crate) url: String,
+    pub(crate) key: String,
 }
 
 /// A frame of the event stream, and when it came.
-struct Told {
+pub(crate) struct Told {
     name: String,
     payload: Value,
     at_us: u64,
 }
 
 impl Project {
-    async fn make(url: &str, name: &str) -> anyhow::Result<Self> {
+    pub(crate) async fn make(url: &str, name: &str) -> anyhow::Result<Self> {
         let client = reqwest::Client::builder().tcp_nodelay(true).build()?;
         let post = async |path: &str, token: &str, body: Value| -> anyhow::Result<Value> {
             let request = client
@@ -77,7 +77,7 @@ impl Project {
         })
     }
 
-    async fn post(&self, path: &str, body: &Value) -> anyhow::Result<Value> {
+    pub(crate) async fn post(&self, path: &str, body: &Value) -> anyhow::Result<Value> {
         let request = self
             .client
             .post(format!("{}{path}", self.url))
@@ -90,14 +90,17 @@ impl Project {
         Ok(serde_json::from_str(&text)?)
     }
 
-    async fn create(&self, agent: &str, title: &str) -> anyhow::Result<String> {
+    pub(crate) async fn create(&self, agent: &str, title: &str) -> anyhow::Result<String> {
         let task = json!({"title": title, "description": title, "assignTo": agent});
         let task = self.post("/v1/tasks", &task).await?;
         Ok(task["id"].as_str().context("no id")?.to_owned())
     }
 
     /// Follows events; ends when the receiver is dropped.
-    async fn follow(&self, filter: &str) -> anyhow::Result<mpsc::UnboundedReceiver<Told>> {
+    pub(crate) async fn follow(
+        &self,
+        filter: &str,
+    ) -> anyhow::Result<mpsc::UnboundedReceiver<Told>> {
         let request = self
             .client
             .get(format!("{}/v1/events?filter={filter}", self.url))
@@ -173,7 +176,7 @@ pub(crate) async fn measure(
     resume(polpo, &project, server, &database, upstream).await
 }
 
-fn row(name: &str, value: f64) {
+pub(crate) fn row(name: &str, value: f64) {
     println!("{name:<50}{value:>12.2}{:>20}", "-");
 }
 
@@ -183,7 +186,10 @@ fn row_beside(name: &str, value: f64, published: &str) {
 }
 
 /// Waits for so many tasks to be done.
-async fn done(events: &mut mpsc::UnboundedReceiver<Told>, count: usize) -> anyhow::Result<()> {
+pub(crate) async fn done(
+    events: &mut mpsc::UnboundedReceiver<Told>,
+    count: usize,
+) -> anyhow::Result<()> {
     for _ in 0..count {
         let told = tokio::time::timeout(Duration::from_secs(120), events.recv())
             .await
@@ -377,7 +383,7 @@ async fn events_in_time(project: &Project, server: &Server) -> anyhow::Result<()
     Ok(())
 }
 
-fn polpo_time_us(text: &str) -> Option<u64> {
+pub(crate) fn polpo_time_us(text: &str) -> Option<u64> {
     let at = chrono::DateTime::parse_from_rfc3339(text).ok()?;
     u64::try_from(at.timestamp_micros()).ok()
 }

@@ -24,7 +24,7 @@ use super::error::{ApiError, ErrorBody};
 use super::extract::{Door, Query};
 use super::sse::event_stream;
 use crate::app::App;
-use crate::event::passes;
+use crate::event::{id as event_id, passes};
 use crate::store::{EventRow, ProjectDb, Result as StoreResult, Stream, Topic};
 
 /// Events that a feed keeps for its readers.
@@ -61,10 +61,6 @@ impl From<EventRow> for Frame {
             name: row.name,
         }
     }
-}
-
-fn event_id(seq: i64) -> String {
-    format!("evt_{seq:05}")
 }
 
 /// A project's new events, for all its readers in this process.

@@ -47,6 +47,7 @@ mod sse;
 pub mod tasks;
 pub mod teams;
 pub mod turn;
+pub mod webhooks;
 
 #[derive(OpenApi)]
 #[openapi(
@@ -199,6 +200,16 @@ fn project_routes() -> OpenApiRouter<App> {
         .routes(routes!(teams::delete_team))
         .routes(routes!(teams::list_teams_alias, teams::create_team_alias))
         .routes(routes!(teams::update_team_alias, teams::delete_team_alias))
+        .routes(routes!(webhooks::list_webhooks, webhooks::create_webhook))
+        .routes(routes!(
+            webhooks::read_webhook,
+            webhooks::update_webhook,
+            webhooks::delete_webhook
+        ))
+        .routes(routes!(webhooks::rotate_secret))
+        .routes(routes!(webhooks::list_deliveries))
+        .routes(routes!(webhooks::read_delivery))
+        .routes(routes!(webhooks::redeliver))
 }
 
 /// The routes of the admin token.

@@ -17,6 +17,17 @@ pub struct EventRow {
     pub payload: String,
 }
 
+/// An event to those who listen to some.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HeardRow {
+    /// Its number in its project.
+    pub seq: i64,
+    /// Its name.
+    pub name: String,
+    /// Its payload, if it is one of those.
+    pub payload: Option<String>,
+}
+
 /// Which events of a project there are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EventRange {
@@ -63,6 +74,29 @@ impl ProjectDb {
             self.project,
             after,
             limit
+        )
+        .fetch_all(&self.pool)
+        .await?)
+    }
+
+    /// The events after a number, in order, at most `limit`; payloads of those alone whose names are like one of these.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn events_for(
+        &self,
+        likes: &[String],
+        after: i64,
+        limit: i64,
+    ) -> Result<Vec<HeardRow>> {
+        Ok(sqlx::query_as!(
+            HeardRow,
+            "select seq, name, case when name like any($4) then payload end as payload
+            from events where project_id = $1 and seq > $2 order by seq limit $3",
+            self.project,
+            after,
+            limit,
+            likes
         )
         .fetch_all(&self.pool)
         .await?)

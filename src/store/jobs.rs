@@ -11,8 +11,8 @@ use chrono::{DateTime, Utc};
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-use super::{Db, ProjectDb, ProjectTx, Result, StoreError, World, to_micros};
-use crate::ids::{Approval, Barrier, Id, Mission, Schedule, Task};
+use super::{Db, ProjectDb, ProjectTx, Result, StoreError, Topic, World, to_micros};
+use crate::ids::{Approval, Barrier, Id, Mission, Schedule, Task, Webhook};
 
 /// How long a claimer that says nothing keeps a job (design 0.1, Leases).
 pub const LEASE: Duration = Duration::from_secs(10);
@@ -38,6 +38,34 @@ pub enum Job {
     MissionDeadline(Id<Mission>),
     /// Begin a mission's next run.
     Schedule(Id<Schedule>),
+    /// Carry a webhook's deliveries.
+    Webhook(Id<Webhook>),
+}
+
+/// Jobs that share places. One lane's jobs never wait for another's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lane {
+    /// What the engine does.
+    Engine,
+    /// Deliveries to receivers, which may be slow or dead.
+    Couriers,
+}
+
+impl Lane {
+    fn number(self) -> i16 {
+        match self {
+            Self::Engine => 0,
+            Self::Couriers => 1,
+        }
+    }
+
+    /// What is rung when a lane has work in a world.
+    pub fn topic(self, world: World) -> Topic {
+        match self {
+            Self::Engine => Topic::Jobs(world),
+            Self::Couriers => Topic::Couriers(world),
+        }
+    }
 }
 
 impl Job {
@@ -52,6 +80,14 @@ impl Job {
             Self::Delay(barrier) => ("delay", barrier.uuid()),
             Self::MissionDeadline(mission) => ("mission_deadline", mission.uuid()),
             Self::Schedule(schedule) => ("schedule", schedule.uuid()),
+            Self::Webhook(webhook) => ("webhook", webhook.uuid()),
+        }
+    }
+
+    fn lane(self) -> Lane {
+        match self {
+            Self::Webhook(_) => Lane::Couriers,
+            _ => Lane::Engine,
         }
     }
 
@@ -66,6 +102,7 @@ impl Job {
             "delay" => Self::Delay(subject.into()),
             "mission_deadline" => Self::MissionDeadline(subject.into()),
             "schedule" => Self::Schedule(subject.into()),
+            "webhook" => Self::Webhook(subject.into()),
             _ => return None,
         })
     }
@@ -127,19 +164,21 @@ impl Db {
         Ok(Standing(connection))
     }
 
-    /// Makes ready what has come due, leases that have run out among it. Returns when more comes due.
+    /// Makes ready what has come due in a lane, leases that have run out among it. Returns when more comes due.
     ///
     /// # Errors
     /// When the database cannot be reached.
-    pub async fn ready_due_jobs(&self, world: World) -> Result<Option<DateTime<Utc>>> {
+    pub async fn ready_due_jobs(&self, world: World, lane: Lane) -> Result<Option<DateTime<Utc>>> {
         sqlx::query!(
             "update jobs set ready = true, holder = null
-            where not ready and due_at <= clock_timestamp()"
+            where not ready and due_at <= clock_timestamp() and lane = $1",
+            lane.number()
         )
         .execute(self.world(world))
         .await?;
         Ok(sqlx::query_scalar!(
-            "select min(due_at) from jobs where not ready and due_at < 'infinity'"
+            "select min(due_at) from jobs where not ready and due_at < 'infinity' and lane = $1",
+            lane.number()
         )
         .fetch_one(self.world(world))
         .await?)
@@ -170,7 +209,7 @@ impl Db {
         Ok(freed.rows_affected())
     }
 
-    /// Claims up to `most` ready jobs. Projects take turns: the claim goes round all that have some, from
+    /// Claims up to `most` ready jobs of a lane. Projects take turns: the claim goes round all that have some, from
     /// `cursor` on, and takes as many of each as there is room for; within a project the highest priority
     /// goes first, then the oldest.
     ///
@@ -179,6 +218,7 @@ impl Db {
     pub async fn claim(
         &self,
         world: World,
+        lane: Lane,
         holder: Holder,
         cursor: Uuid,
         most: i64,
@@ -186,19 +226,19 @@ impl Db {
         let rows = sqlx::query!(
             r#"with recursive turn as (
                 (select project_id, 1 as number from jobs
-                 where ready and project_id > $1 order by project_id limit 1)
+                 where lane = $5 and ready and project_id > $1 order by project_id limit 1)
                 union all
                 select next.project_id, turn.number + 1
                 from turn cross join lateral (
                     select project_id from jobs
-                    where ready and project_id > turn.project_id order by project_id limit 1
+                    where lane = $5 and ready and project_id > turn.project_id order by project_id limit 1
                 ) next
                 where turn.number < $2::bigint
             ), picked as (
                 select j.project_id, j.kind, j.subject
                 from turn cross join lateral (
                     select project_id, kind, subject from jobs
-                    where ready and project_id = turn.project_id
+                    where lane = $5 and ready and project_id = turn.project_id
                     order by priority desc, created_at
                     limit greatest(1, $2::bigint / (select count(*) from turn))
                     for update skip locked
@@ -214,7 +254,8 @@ impl Db {
             cursor,
             most,
             holder.0,
-            seconds(LEASE)
+            seconds(LEASE),
+            lane.number()
         )
         .fetch_all(self.world(world))
         .await?;
@@ -279,8 +320,8 @@ impl ProjectTx {
     pub async fn enqueue(&mut self, job: Job, priority: f64, after: Duration) -> Result<()> {
         let (kind, subject) = job.columns();
         sqlx::query!(
-            "insert into jobs (project_id, kind, subject, priority, ready, due_at, lease)
-            values ($1, $2, $3, $4, $5::double precision <= 0, clock_timestamp() + make_interval(secs => $5::double precision), nextval('leases'))
+            "insert into jobs (project_id, kind, subject, priority, ready, due_at, lease, lane)
+            values ($1, $2, $3, $4, $5::double precision <= 0, clock_timestamp() + make_interval(secs => $5::double precision), nextval('leases'), $6)
             on conflict (project_id, kind, subject) do update
             set priority = excluded.priority, ready = excluded.ready, due_at = excluded.due_at,
                 lease = excluded.lease, holder = null, parked_on = null, created_at = excluded.created_at",
@@ -288,12 +329,21 @@ impl ProjectTx {
             kind,
             subject,
             priority,
-            seconds(after)
+            seconds(after),
+            job.lane().number()
         )
         .execute(&mut *self.tx)
         .await?;
-        self.rings_jobs = true;
+        self.rings(job.lane());
         Ok(())
+    }
+
+    /// There is work in a lane that was not there before.
+    pub(super) fn rings(&mut self, lane: Lane) {
+        match lane {
+            Lane::Engine => self.rings_jobs = true,
+            Lane::Couriers => self.rings_couriers = true,
+        }
     }
 
     /// Owes a job no longer; whoever has a lease on it loses it.
@@ -370,7 +420,7 @@ impl ProjectTx {
         )
         .execute(&mut *self.tx)
         .await?;
-        self.rings_jobs = true;
+        self.rings(lease.job.lane());
         held(done.rows_affected())
     }
 

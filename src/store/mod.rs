@@ -19,6 +19,7 @@ mod agents;
 mod approvals;
 mod barriers;
 mod credentials;
+mod deliveries;
 mod events;
 mod jobs;
 mod keys;
@@ -37,13 +38,17 @@ mod teams;
 mod turns;
 mod wake;
 mod warm;
+mod webhooks;
 
 pub use agents::{AgentRow, NewAgent};
 pub use approvals::{ApprovalRow, NewApproval};
 pub use barriers::{BarrierRow, BarrierState, NewBarrier};
 pub use credentials::{CredentialRow, SealedCredential};
-pub use events::{EventRange, EventRow, Stream};
-pub use jobs::{Claimed, Holder, Job, LEASE, Lease, Standing, until};
+pub use deliveries::{
+    AttemptRow, DeliveryFilter, DeliveryRow, Health, NewAttempt, NewDelivery, Route,
+};
+pub use events::{EventRange, EventRow, HeardRow, Stream};
+pub use jobs::{Claimed, Holder, Job, LEASE, Lane, Lease, Standing, until};
 pub use keys::{KeyHash, KeyRow, NewKey};
 pub use memories::{MEMORY_LIMIT, Memories, MemoryOwner};
 pub use migrate::{MigrationError, MigrationState, migrate, migration_state, reach};
@@ -60,6 +65,7 @@ pub use turns::{CallUsage, RunStatus, TurnRecord};
 use wake::Bell;
 pub use wake::Topic;
 use warm::Warm;
+pub use webhooks::{NewWebhook, SealedSecret, WebhookRow};
 
 /// Which of a project's two data sets a key opens. Decided by the key, never by a parameter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
@@ -268,6 +274,7 @@ impl ProjectDb {
             stops: Vec::new(),
             tells: false,
             rings_jobs: false,
+            rings_couriers: false,
             changes: false,
         })
     }
@@ -286,6 +293,8 @@ pub struct ProjectTx {
     tells: bool,
     /// Whether there is work that was not there before.
     rings_jobs: bool,
+    /// The same of couriers.
+    rings_couriers: bool,
     /// Whether warm entries are out of date.
     changes: bool,
 }

@@ -190,6 +190,9 @@ impl ProjectDb {
         sqlx::query!("delete from jobs where project_id = $1", self.project)
             .execute(&mut *tx)
             .await?;
+        sqlx::query!("delete from webhooks where project_id = $1", self.project)
+            .execute(&mut *tx)
+            .await?;
         sqlx::query!("delete from approvals where project_id = $1", self.project)
             .execute(&mut *tx)
             .await?;

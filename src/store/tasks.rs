@@ -530,9 +530,10 @@ impl ProjectTx {
     pub(super) fn topics(&self) -> impl Iterator<Item = Topic> {
         let (world, project) = (self.db.world, self.db.project);
         let jobs = self.rings_jobs.then_some(Topic::Jobs(world));
+        let couriers = self.rings_couriers.then_some(Topic::Couriers(world));
         let events = self.tells.then_some(Topic::Events(world, project));
         let stops: Vec<Topic> = self.stops.iter().copied().map(Topic::Stop).collect();
-        jobs.into_iter().chain(events).chain(stops)
+        jobs.into_iter().chain(couriers).chain(events).chain(stops)
     }
 }
 

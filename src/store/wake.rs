@@ -29,6 +29,8 @@ pub(super) const FOLLOWED: Duration = Duration::from_secs(15);
 pub enum Topic {
     /// Work of a world, due now or at a new time.
     Jobs(World),
+    /// The same of couriers.
+    Couriers(World),
     /// Events of a project.
     Events(World, Uuid),
     /// A task's unfinished words.
@@ -44,6 +46,7 @@ impl Topic {
         use std::fmt::Write;
         let written = match self {
             Self::Jobs(world) => write!(text, "j{}", letter(world)),
+            Self::Couriers(world) => write!(text, "c{}", letter(world)),
             Self::Events(world, project) => write!(text, "e{}{}", letter(world), project.simple()),
             Self::Words(task) => write!(text, "w-{}", task.simple()),
             Self::Listener(task) => write!(text, "l-{}", task.simple()),
@@ -61,6 +64,7 @@ impl Topic {
         let id = || Uuid::try_parse(text.get(2..)?).ok();
         Some(match text.get(..1)? {
             "j" => Self::Jobs(world),
+            "c" => Self::Couriers(world),
             "e" => Self::Events(world, id()?),
             "w" => Self::Words(id()?),
             "l" => Self::Listener(id()?),
@@ -85,6 +89,9 @@ pub(super) struct Bell {
     followed: Mutex<HashMap<Uuid, Instant>>,
     outgoing: Mutex<HashSet<Topic>>,
     something: Notify,
+    /// Projects of which this process has told events, for their couriers.
+    told: Mutex<HashSet<(World, Uuid)>>,
+    news: Notify,
     /// Tells this process' own notifications from others'.
     origin: String,
 }
@@ -98,6 +105,8 @@ impl Default for Bell {
             followed: Mutex::default(),
             outgoing: Mutex::default(),
             something: Notify::new(),
+            told: Mutex::default(),
+            news: Notify::new(),
             origin: Uuid::now_v7().simple().to_string(),
         }
     }
@@ -120,6 +129,10 @@ impl Bell {
         self.ring_here(topic);
         self.outgoing.lock().expect(POISONED).insert(topic);
         self.something.notify_one();
+        if let Topic::Events(world, project) = topic {
+            self.told.lock().expect(POISONED).insert((world, project));
+            self.news.notify_one();
+        }
     }
 
     /// Wakes those who listen to a task, if anyone does.
@@ -194,7 +207,29 @@ impl Db {
 
     /// Carries wake-ups between processes, for as long as it is polled.
     pub async fn carry_wakeups(&self) {
-        tokio::join!(self.send_wakeups(), self.hear_wakeups());
+        tokio::join!(
+            self.send_wakeups(),
+            self.hear_wakeups(),
+            self.wake_couriers()
+        );
+    }
+
+    /// Makes ready the resting couriers of projects that this process has told events of. The commit itself does not:
+    /// all that write events would queue on their project's couriers.
+    async fn wake_couriers(&self) {
+        loop {
+            self.bell.news.notified().await;
+            tokio::time::sleep(GATHER).await;
+            let told = std::mem::take(&mut *self.bell.told.lock().expect(POISONED));
+            for world in World::ALL {
+                let projects = told.iter().filter(|(of, _)| *of == world);
+                let projects: Vec<Uuid> = projects.map(|(_, project)| *project).collect();
+                if let Err(error) = self.ready_couriers_of(world, projects).await {
+                    // The sweep finds them in some seconds.
+                    tracing::debug!("couriers are not woken: {error}");
+                }
+            }
+        }
     }
 
     async fn send_wakeups(&self) {
@@ -254,6 +289,7 @@ mod tests {
         for topic in [
             Topic::Jobs(World::Live),
             Topic::Jobs(World::Test),
+            Topic::Couriers(World::Test),
             Topic::Events(World::Live, id),
             Topic::Events(World::Test, id),
             Topic::Words(id),

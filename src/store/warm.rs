@@ -74,6 +74,8 @@ struct Entries {
     memories: Named<Memories>,
     settings: Named<Settings>,
     credentials: HashMap<Uuid, Arc<Vec<SealedCredential>>>,
+    /// Whether a project has webhooks that are told of events.
+    webhooks: HashMap<(Uuid, World), bool>,
     /// Numbers of the changes already acted on, per schema.
     seen: HashSet<(String, i64)>,
 }
@@ -90,6 +92,9 @@ impl Entries {
         self.memories.forget(project);
         self.settings.forget(project);
         self.credentials.remove(&project);
+        for world in World::ALL {
+            self.webhooks.remove(&(project, world));
+        }
     }
 }
 
@@ -215,6 +220,30 @@ impl Warm {
                 entries.credentials.clear();
             }
             entries.credentials.insert(project, credentials);
+        });
+    }
+
+    pub(super) fn has_webhooks(&self, project: Uuid, world: World) -> Option<bool> {
+        let entries = self.entries.read().expect(POISONED);
+        entries
+            .webhooks
+            .get(&(project, world))
+            .filter(|_| entries.trusted())
+            .copied()
+    }
+
+    pub(super) fn keep_has_webhooks(
+        &self,
+        generation: u64,
+        project: Uuid,
+        world: World,
+        has_some: bool,
+    ) {
+        self.keep(generation, |entries| {
+            if entries.webhooks.len() >= MOST {
+                entries.webhooks.clear();
+            }
+            entries.webhooks.insert((project, world), has_some);
         });
     }
 

@@ -17,12 +17,14 @@ use uuid::Uuid;
 
 use crate::app::App;
 use crate::lifecycle::{self, LifecycleError};
-use crate::store::{Holder, Job, Lease, StoreError, Topic, World, until};
+use crate::store::{Holder, Job, Lane, Lease, StoreError, World, until};
 
 mod ask;
 mod blocked;
+mod courier;
 mod execution;
 mod judge;
+mod post;
 mod question;
 mod record;
 mod schedule;
@@ -30,12 +32,19 @@ mod surroundings;
 mod task;
 mod timers;
 
+pub use post::Poster;
+
 /// The net under wake-ups, and how soon jobs of a process that was killed are taken over.
 const LOOK: Duration = Duration::from_millis(500);
 /// How often leases are extended.
 const HEARTBEAT: Duration = Duration::from_secs(3);
 /// The most jobs of one claim.
 const CLAIM: usize = 64;
+/// The most couriers at work, beside the engine's jobs.
+const COURIERS: usize = 1_024;
+/// How often couriers are looked for that rest though there is something for them: the net under wake-ups that were lost
+/// with the process that owed them.
+const SWEEP: Duration = Duration::from_secs(5);
 /// How long a job rests that failed because of us or of the database.
 const REST: Duration = Duration::from_secs(2);
 
@@ -103,21 +112,37 @@ impl Held {
 struct Engine {
     app: App,
     holder: Holder,
-    places: Arc<Semaphore>,
-    /// Told when a place comes free while there was none.
-    freed: Notify,
     running: Mutex<HashMap<i64, (World, CancellationToken)>>,
     jobs: TaskTracker,
+}
+
+/// The places of a lane.
+#[derive(Debug)]
+struct Places {
+    lane: Lane,
+    free: Arc<Semaphore>,
+    /// Told when a place comes free while there was none.
+    freed: Notify,
+}
+
+impl Places {
+    fn new(lane: Lane, count: usize) -> Arc<Self> {
+        Arc::new(Self {
+            lane,
+            free: Arc::new(Semaphore::new(count)),
+            freed: Notify::new(),
+        })
+    }
 }
 
 const POISONED: &str = "nothing panics while it holds the list of jobs";
 
 /// Works until the server stops, then until every job has been handed over.
 pub async fn run(app: App) {
+    let places = Places::new(Lane::Engine, app.config.worker_slots);
+    let couriers = Places::new(Lane::Couriers, COURIERS);
     let engine = Arc::new(Engine {
         holder: Holder::new(rand::random()),
-        places: Arc::new(Semaphore::new(app.config.worker_slots)),
-        freed: Notify::new(),
         running: Mutex::default(),
         jobs: TaskTracker::new(),
         app,
@@ -125,8 +150,11 @@ pub async fn run(app: App) {
     let working = async {
         tokio::join!(
             engine.stand(),
-            engine.attend(World::Live),
-            engine.attend(World::Test),
+            engine.attend(World::Live, &places),
+            engine.attend(World::Test, &places),
+            engine.attend(World::Live, &couriers),
+            engine.attend(World::Test, &couriers),
+            engine.sweep(),
             engine.beat(),
         );
     };
@@ -167,18 +195,32 @@ impl Engine {
             let freed = self.app.db.free_orphaned_jobs(world).await?;
             if freed > 0 {
                 tracing::info!(jobs = freed, "taking over from a process that is gone");
-                self.app.db.ring(Topic::Jobs(world));
+                for lane in [Lane::Engine, Lane::Couriers] {
+                    self.app.db.ring(lane.topic(world));
+                }
             }
         }
         Ok(())
     }
 
-    /// Claims the jobs of a world as they become ready.
-    async fn attend(self: &Arc<Self>, world: World) {
-        let mut woken = self.app.db.wait(Topic::Jobs(world));
+    /// Wakes couriers that were not woken when there was something for them.
+    async fn sweep(&self) {
+        loop {
+            tokio::time::sleep(SWEEP).await;
+            for world in World::ALL {
+                if let Err(error) = self.app.db.ready_couriers_behind(world).await {
+                    tracing::debug!("resting couriers cannot be seen: {error}");
+                }
+            }
+        }
+    }
+
+    /// Claims a lane's jobs of a world as they become ready.
+    async fn attend(self: &Arc<Self>, world: World, places: &Arc<Places>) {
+        let mut woken = self.app.db.wait(places.lane.topic(world));
         let mut cursor = Uuid::nil();
         while !self.app.stopping.is_cancelled() {
-            let next = match self.look(world, &mut cursor).await {
+            let next = match self.look(world, places, &mut cursor).await {
                 Ok(next) => next,
                 Err(error) => {
                     tracing::debug!("no jobs can be claimed, trying again: {error}");
@@ -187,7 +229,7 @@ impl Engine {
             };
             tokio::select! {
                 changed = woken.changed() => changed.expect("the bell outlives the engine"),
-                () = self.freed.notified() => {}
+                () = places.freed.notified() => {}
                 () = tokio::time::sleep(next) => {}
                 () = self.app.stopping.cancelled() => {}
             }
@@ -198,22 +240,27 @@ impl Engine {
     async fn look(
         self: &Arc<Self>,
         world: World,
+        places: &Arc<Places>,
         cursor: &mut Uuid,
     ) -> std::result::Result<Duration, StoreError> {
-        let due = self.app.db.ready_due_jobs(world).await?;
+        let db = &self.app.db;
+        let due = db.ready_due_jobs(world, places.lane).await?;
         loop {
-            let most = self.places.available_permits().min(CLAIM);
+            let most = places.free.available_permits().min(CLAIM);
             if most == 0 || self.app.stopping.is_cancelled() {
                 break;
             }
             let from_the_start = cursor.is_nil();
             let room = i64::try_from(most).unwrap_or(i64::MAX);
-            let claimed = self.app.db.claim(world, self.holder, *cursor, room).await?;
+            let claimed = db
+                .claim(world, places.lane, self.holder, *cursor, room)
+                .await?;
             let drained = is_drained(&claimed.leases, most);
             *cursor = if drained { Uuid::nil() } else { claimed.cursor };
             for lease in claimed.leases {
-                let permit = self.places.clone().acquire_owned().await;
-                self.begin(lease, permit.expect("the places are never closed"));
+                let permit = places.free.clone().acquire_owned().await;
+                let permit = permit.expect("the places are never closed");
+                self.begin(lease, places.clone(), permit);
             }
             if drained && from_the_start {
                 break;
@@ -223,7 +270,7 @@ impl Engine {
         Ok(pause.clamp(Duration::from_millis(1), LOOK))
     }
 
-    fn begin(self: &Arc<Self>, lease: Lease, place: OwnedSemaphorePermit) {
+    fn begin(self: &Arc<Self>, lease: Lease, places: Arc<Places>, place: OwnedSemaphorePermit) {
         let lost = CancellationToken::new();
         let number = lease.number();
         let world = lease.db.world();
@@ -241,10 +288,10 @@ impl Engine {
             };
             held.work().await;
             engine.running.lock().expect(POISONED).remove(&number);
-            let was_full = engine.places.available_permits() == 0;
+            let was_full = places.free.available_permits() == 0;
             drop(place);
             if was_full {
-                engine.freed.notify_waiters();
+                places.freed.notify_waiters();
             }
         });
     }
@@ -332,6 +379,7 @@ impl Held {
             Job::Delay(id) => timers::delay(self, id).await,
             Job::MissionDeadline(id) => Ok(lifecycle::mission::deadline(&self.lease, id).await?),
             Job::Schedule(id) => schedule::fire(self, id).await,
+            Job::Webhook(id) => courier::carry(self, id).await,
         }
     }
 }

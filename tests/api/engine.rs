@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use polpo::ids::Id;
-use polpo::store::{Holder, Job, Lease, ProjectDb, StoreError, World};
+use polpo::store::{Holder, Job, Lane, Lease, ProjectDb, StoreError, World};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use serde_json::{Value, json};
@@ -242,7 +242,7 @@ impl History {
                     .app
                     .app
                     .db
-                    .claim(World::Test, holder, Uuid::nil(), most)
+                    .claim(World::Test, Lane::Engine, holder, Uuid::nil(), most)
                     .await
                     .unwrap();
                 assert!(claimed.leases.len() <= usize::try_from(most).unwrap());
@@ -332,7 +332,7 @@ impl History {
                 .app
                 .app
                 .db
-                .claim(World::Test, last.holder, Uuid::nil(), 10)
+                .claim(World::Test, Lane::Engine, last.holder, Uuid::nil(), 10)
                 .await
                 .unwrap();
             for lease in claimed.leases {

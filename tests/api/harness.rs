@@ -269,6 +269,10 @@ async fn serve(
         "0",
         "--private-base-urls",
         "true",
+        "--private-webhooks",
+        "true",
+        "--webhook-http",
+        "true",
         "--master-key",
         "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff",
         "--idle-timeout-ms",
@@ -371,7 +375,7 @@ pub(crate) fn spoken(frames: &[Value]) -> String {
 }
 
 /// Waits until something is so; fails after some seconds.
-pub(crate) async fn eventually<F: Future<Output = bool>>(what: &str, mut check: impl FnMut() -> F) {
+pub(crate) async fn eventually(what: &str, mut check: impl AsyncFnMut() -> bool) {
     for _ in 0..200 {
         if check().await {
             return;

@@ -6,7 +6,7 @@ use polpo::store::World;
 use reqwest::Method;
 use serde_json::{Value, json};
 
-use crate::harness::{TestApp, answer};
+use crate::harness::{TestApp, answer, eventually};
 
 /// Every documented path with its methods.
 async fn routes(app: &TestApp) -> Vec<(Method, String, bool)> {
@@ -46,7 +46,8 @@ async fn every_route_without_a_key_is_401() {
             .replace("{provider}", "x")
             .replace("{taskId}", "x")
             .replace("{title}", "x")
-            .replace("{member}", "x");
+            .replace("{member}", "x")
+            .replace("{deliveryId}", "x");
         for prefix in ["", "/api"] {
             let request = app
                 .client
@@ -124,6 +125,20 @@ async fn another_project_and_the_other_world_see_nothing() {
     let playbook =
         json!({"name": "secret-playbook", "description": "secret-words", "mission": {"tasks": []}});
     assert_eq!(answer(app.post("/v1/playbooks", playbook)).await.0, 201);
+    let hook = json!({"url": "http://127.0.0.1:9/secret-hook", "events": ["task:created"]});
+    let webhook = answer(app.post("/v1/webhooks", hook)).await.1["id"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    let told = json!({"title": "secret-told", "description": "secret-words", "assignTo": "secret-agent", "draft": true});
+    answer(app.post("/v1/tasks", told)).await;
+    let mut delivery = String::new();
+    eventually("there is a delivery", async || {
+        let (_, listed) = answer(app.get(&format!("/v1/webhooks/{webhook}/deliveries"))).await;
+        delivery = listed[0]["id"].as_str().unwrap_or_default().to_owned();
+        !delivery.is_empty()
+    })
+    .await;
 
     let organization = app
         .app
@@ -156,6 +171,7 @@ async fn another_project_and_the_other_world_see_nothing() {
             json!({"titles": ["secret-one", "secret-two"]}),
         ),
         ("/v1/schedules/{id}", json!({"enabled": false})),
+        ("/v1/webhooks/{id}", json!({"enabled": false})),
         ("/v1/memory", json!({"content": "mine now"})),
         ("/v1/memory/agent/{name}", json!({"content": "mine now"})),
     ]
@@ -179,6 +195,7 @@ async fn another_project_and_the_other_world_see_nothing() {
                 path if path.contains("/playbooks/") || path.contains("/templates/") => {
                     &["secret-playbook"]
                 }
+                path if path.contains("/webhooks/{id}") => &[&webhook],
                 path if path.contains('{') => &["secret-agent", &agent_id],
                 _ => &[""],
             };
@@ -193,7 +210,8 @@ async fn another_project_and_the_other_world_see_nothing() {
                     .replace("{name}", part)
                     .replace("{title}", "secret-one")
                     .replace("{member}", "secret-member")
-                    .replace("{taskId}", name);
+                    .replace("{taskId}", name)
+                    .replace("{deliveryId}", &delivery);
                 let nothing = json!({});
                 let request = app
                     .client
@@ -252,6 +270,8 @@ async fn another_project_and_the_other_world_see_nothing() {
         (&untouched["status"], &untouched["description"]),
         (&json!("draft"), &json!("secret-words"))
     );
+    let hook = answer(app.get(&format!("/v1/webhooks/{webhook}"))).await.1;
+    assert_eq!(hook["enabled"], true, "{hook}");
     let waiting = answer(app.get("/v1/approvals?status=pending")).await.1;
     assert_eq!(waiting[0]["id"], json!(approval));
     assert_eq!(

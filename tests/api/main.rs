@@ -28,3 +28,4 @@ mod settings;
 mod streams;
 mod tasks;
 mod tools;
+mod webhooks;
