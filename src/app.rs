@@ -16,7 +16,8 @@ use crate::config::{Config, ConfigError};
 use crate::llm::{Credential, ProjectCredentials, Provider, Providers, ResolveError};
 use crate::seal::{self, Seal, SealError, sha256};
 use crate::store::{
-    AgentRow, Db, KeyRow, NewKey, PoolSettings, ProjectDb, Result as StoreResult, StoreError, World,
+    AgentRow, Db, KeyRow, NewKey, PoolSettings, ProjectDb, Result as StoreResult, StoreError,
+    Topic, World,
 };
 use crate::task::Settings;
 use crate::tools::Fetcher;
@@ -168,6 +169,16 @@ impl App {
         self.db.close().await;
     }
 
+    /// Wakes who waits for a place that nobody has: whoever left it may have been lost before it could wake the next.
+    async fn wake_parked_jobs(&self) -> StoreResult<()> {
+        for world in World::ALL {
+            if self.db.wake_parked_jobs(world).await? > 0 {
+                self.db.ring(Topic::Jobs(world));
+            }
+        }
+        Ok(())
+    }
+
     /// Deletes events that are older than they are kept.
     async fn prune_events(&self) -> StoreResult<()> {
         let kept = chrono::Duration::hours(i64::from(self.config.event_retention_hours));
@@ -194,6 +205,7 @@ impl App {
                     let done = async {
                         app.db.record_key_use().await?;
                         if role != Role::Api {
+                            app.wake_parked_jobs().await?;
                             app.db.prune_changes().await?;
                             app.prune_events().await?;
                         }

@@ -199,17 +199,13 @@ pub async fn escalate(
                     && exists(db, &target).await?
                 {
                     let feedback = task.document.feedback.take();
-                    let left = task.has_left_its_agent();
                     task.bypass(Bypass::Escalated);
                     task.begin_again(Phase::Execution, feedback, "retry");
-                    let before = std::mem::replace(&mut task.assign_to, target);
+                    task.assign_to = target;
                     task.tell(
                         "escalation:resolved",
                         json!({"level": level.level, "action": "reassigned"}),
                     );
-                    if !left && task.has_left_its_agent() {
-                        super::leave(tx, db, &before).await?;
-                    }
                     save(tx, db, task).await?;
                     return Ok(Aftermath::GoesOn);
                 }

@@ -54,21 +54,24 @@ pub type Result<T> = std::result::Result<T, LifecycleError>;
 /// How long a job waits that is due at once.
 const NOW: Duration = Duration::ZERO;
 
-/// Stores a task, and frees its agent's place if it has left it.
+/// Stores a task, and lets someone else have the place that it has left, or that it may have been woken for.
 ///
 /// # Errors
 /// When the database refuses; constraint `tasks_title_key`.
 pub async fn save(tx: &mut ProjectTx, db: &ProjectDb, task: &mut Task) -> Result<()> {
-    let left = task.has_left_its_agent();
+    let left = task.left_agent().map(str::to_owned);
     tx.save_task(task).await?;
-    if left {
-        leave(tx, db, &task.assign_to).await?;
+    if let Some(agent) = left {
+        leave(tx, db, &agent).await?;
     }
     Ok(())
 }
 
 /// One place of an agent and of the project is free. Only where there are limits does anyone wait for it.
-async fn leave(tx: &mut ProjectTx, db: &ProjectDb, agent: &str) -> Result<()> {
+///
+/// # Errors
+/// When the database refuses.
+pub async fn leave(tx: &mut ProjectTx, db: &ProjectDb, agent: &str) -> Result<()> {
     let limited = match db.agent(agent).await {
         Ok(agent) => agent.definition.contains_key("maxConcurrency"),
         Err(StoreError::NotFound) => true,

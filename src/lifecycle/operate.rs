@@ -61,6 +61,7 @@ async fn owe_if_ready(tx: &mut ProjectTx, task: &Task) -> Result<()> {
 pub async fn update(db: &ProjectDb, id: Id<ids::Task>, change: TaskChange) -> Result<Task> {
     let mut tx = db.begin().await?;
     let mut task = locked(&mut tx, id).await?;
+    let requeues = change.assign_to.is_some() || change.priority.is_some();
     if let Some(agent) = change.assign_to {
         match db.agent(&agent).await {
             Ok(_) => {}
@@ -111,6 +112,9 @@ pub async fn update(db: &ProjectDb, id: Id<ids::Task>, change: TaskChange) -> Re
     }
     if let Some(status) = change.status.filter(|status| *status != task.status()) {
         step(&mut tx, db, &mut task, status).await?;
+    }
+    if requeues {
+        tx.requeue_task(task.id, task.document.priority).await?;
     }
     task.tell_updated();
     let title = task.title.clone();

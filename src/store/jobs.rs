@@ -158,6 +158,49 @@ impl Db {
         Ok(freed.rows_affected())
     }
 
+    /// Makes ready as many of the parked jobs as there are free places: the net under those who leave and wake the next.
+    /// Says how many there were.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn wake_parked_jobs(&self, world: World) -> Result<u64> {
+        let woken = sqlx::query!(
+            "with waiting as (
+                select distinct project_id, parked_on from jobs where parked_on is not null
+            ), free as (
+                select w.project_id, w.parked_on,
+                    coalesce(case
+                        when w.parked_on = '' then (
+                            select (body ->> 'maxConcurrency')::numeric::bigint from settings
+                            where project_id = w.project_id)
+                        else (
+                            select (definition ->> 'maxConcurrency')::numeric::bigint from agents
+                            where project_id = w.project_id and name = w.parked_on)
+                    end, 1000) - (
+                        select count(*) from tasks
+                        where project_id = w.project_id and status in ('assigned', 'in_progress', 'review')
+                          and (w.parked_on = '' or assign_to = w.parked_on)
+                    ) as places
+                from waiting w
+            ), woken as (
+                select j.project_id, j.kind, j.subject
+                from free cross join lateral (
+                    select project_id, kind, subject from jobs
+                    where project_id = free.project_id and parked_on = free.parked_on
+                    order by priority desc, created_at
+                    limit greatest(0, free.places)
+                    for update skip locked
+                ) j
+            )
+            update jobs set ready = true, due_at = clock_timestamp(), parked_on = null
+            from woken
+            where jobs.project_id = woken.project_id and jobs.kind = woken.kind and jobs.subject = woken.subject"
+        )
+        .execute(self.world(world))
+        .await?;
+        Ok(woken.rows_affected())
+    }
+
     /// Claims up to `most` ready jobs. Projects take turns: the claim goes round all that have some, from
     /// `cursor` on, and takes as many of each as there is room for; within a project the highest priority
     /// goes first, then the oldest.
@@ -382,14 +425,40 @@ impl ProjectTx {
         held(done.rows_affected())
     }
 
-    /// Everyone who waits for a place looks again.
+    /// Gives a task's job another priority; if it waits for a place, which may be another's now, it looks again.
+    ///
+    /// # Errors
+    /// When the database refuses.
+    pub async fn requeue_task(&mut self, task: Id<Task>, priority: f64) -> Result<()> {
+        let woken = sqlx::query!(
+            "update jobs
+            set priority = $3, ready = ready or parked_on is not null, parked_on = null,
+                due_at = case when parked_on is null then due_at else clock_timestamp() end
+            where project_id = $1 and kind = 'task' and subject = $2",
+            self.db.project,
+            task.uuid(),
+            priority
+        )
+        .execute(&mut *self.tx)
+        .await?;
+        self.rings_jobs |= woken.rows_affected() > 0;
+        Ok(())
+    }
+
+    /// Everyone who waits for a place looks again. Whom someone else is waking or calling off is left to them: to wait
+    /// for it would be to wait in a circle.
     ///
     /// # Errors
     /// When the database refuses.
     pub async fn unpark_all(&mut self) -> Result<()> {
         let woken = sqlx::query!(
             "update jobs set ready = true, due_at = clock_timestamp(), parked_on = null
-            where project_id = $1 and parked_on is not null",
+            from (
+                select kind, subject from jobs
+                where project_id = $1 and parked_on is not null
+                for update skip locked
+            ) waiting
+            where jobs.project_id = $1 and jobs.kind = waiting.kind and jobs.subject = waiting.subject",
             self.db.project
         )
         .execute(&mut *self.tx)
@@ -398,7 +467,8 @@ impl ProjectTx {
         Ok(())
     }
 
-    /// A place of `whose` is free: the first of those that wait for one is ready.
+    /// A place of `whose` is free: the first of those that wait for one is ready, but for those that someone else is
+    /// waking or calling off.
     ///
     /// # Errors
     /// When the database refuses.
@@ -410,7 +480,7 @@ impl ProjectTx {
                 where project_id = $1 and parked_on = $2
                 order by priority desc, created_at
                 limit $3
-                for update
+                for update skip locked
             ) first
             where jobs.project_id = $1 and jobs.kind = first.kind and jobs.subject = first.subject",
             self.db.project,

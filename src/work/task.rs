@@ -111,6 +111,12 @@ async fn start(
                     .await?;
             }
             tx.complete(&held.lease).await?;
+            // An approved task waits for what it needs like any other; and a place that it was woken for is another's.
+            if task.bypass(Bypass::Released) {
+                lifecycle::save(tx, db, &mut task).await?;
+            } else {
+                lifecycle::leave(tx, db, &task.assign_to).await?;
+            }
             return Ok(Start::Rests);
         }
     }
@@ -131,11 +137,18 @@ async fn start(
             return Ok(Start::Rests);
         }
     };
-    if task.status() == Status::Pending {
-        if let Some(whose) = occupied(tx, &task, &agent, settings).await? {
-            tx.park(&held.lease, &whose).await?;
-            return Ok(Start::Rests);
+    if let Some(whose) = occupied(tx, &task, &agent, settings).await? {
+        if task.bypass(Bypass::Released) {
+            lifecycle::save(tx, db, &mut task).await?;
         }
+        tx.park(&held.lease, &whose).await?;
+        if !whose.is_empty() && settings.max_concurrency.is_some() {
+            // It may have been woken for a place of the project, which others can use.
+            tx.unpark("", 1).await?;
+        }
+        return Ok(Start::Rests);
+    }
+    if task.status() == Status::Pending {
         let data = json!({"from": Status::Pending, "to": Status::Assigned, "agent": agent.name});
         for hook in [Hook::TaskSpawn, Hook::TaskTransition] {
             let seen = context(&task, hook, &data);

@@ -18,6 +18,7 @@ mod engine;
 mod events;
 mod isolation;
 mod memory;
+mod places;
 mod platform;
 mod processes;
 mod providers;
