@@ -247,10 +247,20 @@ pub async fn list_tasks(
     Query(page): Query<Page>,
 ) -> Result<Response, ApiError> {
     let size = page.size()?;
+    let status = status_of(query.status.as_deref())?;
+    // Tasks have their agent by its name.
+    let agent = match query.assign_to.as_deref() {
+        Some(agent) => match db.agent(agent).await {
+            Ok(agent) => Some(agent.name.clone()),
+            Err(StoreError::NotFound) => Some(agent.to_owned()),
+            Err(error) => return Err(error.into()),
+        },
+        None => None,
+    };
     let filter = TaskFilter {
-        status: status_of(query.status.as_deref())?,
+        status,
         group: query.group.as_deref(),
-        assign_to: query.assign_to.as_deref(),
+        assign_to: agent.as_deref(),
     };
     let tasks = db.tasks(filter, page.after()?, size).await?;
     let mut kept = form_urlencoded::Serializer::new(String::new());

@@ -29,8 +29,8 @@ pub struct NewTask {
 /// [`LifecycleError::Invalid`] for an agent or a need that does not exist; [`LifecycleError::Conflict`] for a title that is taken.
 pub async fn create(db: &ProjectDb, new: NewTask) -> Result<Task> {
     let settings = db.settings().await?;
-    match db.agent(&new.assign_to).await {
-        Ok(_) => {}
+    let assign_to = match db.agent(&new.assign_to).await {
+        Ok(agent) => agent.name.clone(),
         Err(StoreError::NotFound) => {
             return Err(LifecycleError::Invalid {
                 param: "assignTo",
@@ -38,7 +38,7 @@ pub async fn create(db: &ProjectDb, new: NewTask) -> Result<Task> {
             });
         }
         Err(error) => return Err(error.into()),
-    }
+    };
     let mut tx = db.begin().await?;
     let mut needs = Vec::new();
     for name in &new.document.depends_on {
@@ -55,7 +55,7 @@ pub async fn create(db: &ProjectDb, new: NewTask) -> Result<Task> {
             Err(error) => return Err(error.into()),
         }
     }
-    let mut task = Task::new(new.title, new.assign_to, new.document, Utc::now());
+    let mut task = Task::new(new.title, assign_to, new.document, Utc::now());
     task.group = new.group;
     let mut gated = None;
     if !new.draft {

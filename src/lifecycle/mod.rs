@@ -139,6 +139,20 @@ fn next_look(task: &Task, now: DateTime<Utc>) -> Option<Duration> {
     }
 }
 
+/// Watches a task's deadline again that was no longer of interest: it has failed, and is tried again.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn renew_deadline(tx: &mut ProjectTx, task: &mut Task) -> Result<()> {
+    let now = Utc::now();
+    let deadline = task.document.deadline;
+    task.document.sla_violated = deadline.is_some_and(|deadline| deadline < now);
+    if let Some(pause) = next_look(task, now) {
+        tx.enqueue(Job::Deadline(task.id), 1.0, pause).await?;
+    }
+    Ok(())
+}
+
 async fn locked(tx: &mut ProjectTx, id: Id<ids::Task>) -> Result<Task> {
     Ok(tx.lock_task(id).await?)
 }

@@ -34,6 +34,8 @@ struct Ending {
     sentence: String,
     /// What broke.
     cause: Option<String>,
+    /// The milliseconds that it had, where they were used up.
+    most: Option<u64>,
 }
 
 impl Ending {
@@ -42,6 +44,7 @@ impl Ending {
             reason: EndReason::Finished,
             sentence: String::new(),
             cause: None,
+            most: None,
         }
     }
 
@@ -50,6 +53,14 @@ impl Ending {
             reason,
             sentence,
             cause: None,
+            most: None,
+        }
+    }
+
+    fn timeout(most: u64, sentence: String) -> Self {
+        Self {
+            most: Some(most),
+            ..Self::limit(EndReason::Timeout, sentence)
         }
     }
 
@@ -58,6 +69,7 @@ impl Ending {
             reason: EndReason::Error,
             sentence: cause.clone(),
             cause: Some(cause),
+            most: None,
         }
     }
 }
@@ -232,10 +244,7 @@ impl Limits {
         let timeout = (most > 0).then(|| {
             let left = Duration::from_millis(most).saturating_sub(passed);
             let sentence = format!("The run took longer than the {most} ms it may.");
-            (
-                Instant::now() + left,
-                Ending::limit(EndReason::Timeout, sentence),
-            )
+            (Instant::now() + left, Ending::timeout(most, sentence))
         });
         Self {
             timeout,
@@ -340,10 +349,9 @@ async fn overdue(held: &Held, task: &Task, limits: &mut Limits) -> Result<Option
     tx.emit(crate::event::Event::new("agent:stale", told));
     tx.commit().await?;
     if limits.warned {
-        return Ok(Some(Ending::limit(
-            EndReason::Timeout,
-            format!("The run said nothing for {elapsed} ms."),
-        )));
+        let most = u64::try_from((limits.stale * 2).as_millis()).unwrap_or(u64::MAX);
+        let sentence = format!("The run said nothing for {elapsed} ms.");
+        return Ok(Some(Ending::timeout(most, sentence)));
     }
     limits.warned = true;
     Ok(None)
@@ -482,8 +490,7 @@ async fn fail(
     settings: &Settings,
     ending: &Ending,
 ) -> Result<Option<Task>> {
-    if ending.reason == EndReason::Timeout {
-        let timeout = task.document.max_duration.unwrap_or(settings.task_timeout);
+    if let Some(timeout) = ending.most {
         let elapsed = task
             .document
             .result

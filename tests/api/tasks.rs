@@ -795,6 +795,8 @@ async fn a_silent_run_is_warned_of_and_then_stopped() {
         .map(|(_, payload)| payload["action"].clone())
         .collect();
     assert_eq!(actions, [json!("warning"), json!("killed")]);
+    let (_, told) = app.events("task:timeout").await.pop().unwrap();
+    assert_eq!(told["timeout"], 200);
 }
 
 #[tokio::test]
@@ -1148,4 +1150,81 @@ async fn processes_show_what_agents_are_at_and_hide_secrets() {
     );
     answer(app.post(&format!("/v1/tasks/{id}/kill"), json!({}))).await;
     assert_eq!(answer(app.get("/v1/agents/processes")).await.1, json!([]));
+}
+
+#[tokio::test]
+async fn an_agent_that_is_named_by_its_id_is_the_same_agent() {
+    let app = start().await;
+    app.agent("boss").await;
+    let id_of = async |name: &str| {
+        let agent = answer(app.get(&format!("/v1/agents/{name}"))).await.1;
+        agent["id"].as_str().unwrap().to_owned()
+    };
+    let (noor, boss) = (id_of("noor").await, id_of("boss").await);
+    let task = app
+        .task("t", json!({"assignTo": noor, "draft": true}))
+        .await;
+    assert_eq!(app.read(&task).await["assignTo"], "noor");
+    for agent in ["noor", noor.as_str()] {
+        let listed = answer(app.get(&format!("/v1/tasks?assignTo={agent}")))
+            .await
+            .1;
+        assert_eq!(listed.as_array().unwrap().len(), 1, "{agent}");
+    }
+    let path = format!("/v1/tasks/{task}");
+    let (_, changed) = answer(app.patch(&path, json!({"assignTo": boss}))).await;
+    assert_eq!(changed["assignTo"], "boss");
+    // Who has unfinished tasks is told by the same name.
+    assert_eq!(answer(app.delete("/v1/agents/boss")).await.0, 409);
+    let policy = json!({"escalateAfter": 1, "fallbackAgent": boss});
+    app.upstream
+        .will(Reply::Plain(400, vec![], "{}".to_owned()));
+    app.upstream.will_say("Done.");
+    let retried = app.task("retried", json!({"retryPolicy": policy})).await;
+    assert_eq!(app.until(&retried, "done").await["assignTo"], "boss");
+}
+
+#[tokio::test]
+async fn what_was_finished_and_is_not_good_does_not_look_like_a_success() {
+    let app = start().await;
+    answer(app.patch("/v1/config", json!({"maxFixAttempts": 0}))).await;
+    app.upstream.will_say("Here.");
+    let outcomes = json!([{"type": "text", "label": "Notes"}]);
+    let id = app
+        .task("t", json!({"maxRetries": 0, "expectedOutcomes": outcomes}))
+        .await;
+    let result = app.until(&id, "failed").await["result"].clone();
+    assert_eq!(
+        (&result["reason"], &result["exitCode"], &result["stdout"]),
+        (&json!("error"), &json!(1), &json!("Here."))
+    );
+    for member in ["stderr", "cause"] {
+        let said = result[member].as_str().unwrap();
+        assert!(said.contains("\"Notes\""), "{result}");
+    }
+}
+
+#[tokio::test]
+async fn a_failed_task_that_is_put_back_has_its_deadline_watched_again() {
+    let app = start().await;
+    app.upstream
+        .will(Reply::Plain(400, vec![], "{}".to_owned()));
+    let id = app
+        .task(
+            "t",
+            json!({"maxRetries": 0, "deadline": "2099-01-01T00:00:00Z"}),
+        )
+        .await;
+    app.until(&id, "failed").await;
+    app.upstream.will(Reply::Hang(vec![]));
+    let path = format!("/v1/tasks/{id}");
+    let (status, body) = answer(app.patch(&path, json!({"status": "pending"}))).await;
+    assert_eq!(status, 200, "{body}");
+    let mut database = PgConnection::connect(&app.database_url).await.unwrap();
+    let timers: i64 =
+        sqlx::query_scalar("select count(*) from production.jobs where kind = 'deadline'")
+            .fetch_one(&mut database)
+            .await
+            .unwrap();
+    assert_eq!(timers, 1);
 }
