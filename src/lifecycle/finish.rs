@@ -5,7 +5,8 @@ use std::time::Duration;
 use serde_json::json;
 
 use super::approve::request_approval;
-use super::{NOW, Result, save, settle};
+use super::{NOW, Result, locked, save, settle};
+use crate::ids::{self, Id};
 use crate::store::{Job, Lease, ProjectDb, ProjectTx, StoreError};
 use crate::task::{
     Bypass, EndReason, Failure, Follow, Gate, Handler, Hook, Level, Phase, Settings, Status, Task,
@@ -289,6 +290,39 @@ pub async fn stop_at_deadline(tx: &mut ProjectTx, db: &ProjectDb, task: &mut Tas
     .await
 }
 
+/// Defects in a row that a task is tried again after.
+const MOST_DEFECTS: u32 = 5;
+
+/// Something of ours broke while the engine was at a task: it is tried again after a pause, and ends when that does
+/// not help. A task that can never go on is not to be gone on with for ever.
+///
+/// # Errors
+/// When the database refuses, or the task cannot be read.
+pub async fn after_defect(
+    tx: &mut ProjectTx,
+    db: &ProjectDb,
+    lease: &Lease,
+    id: Id<ids::Task>,
+    pause: impl FnOnce(u32) -> Duration,
+) -> Result<()> {
+    let mut task = locked(tx, id).await?;
+    tx.extend(lease).await?;
+    task.document.defects += 1;
+    let defects = task.document.defects;
+    if defects < MOST_DEFECTS {
+        tx.put_off(lease, pause(defects)).await?;
+        return save(tx, db, &mut task).await;
+    }
+    tx.complete(lease).await?;
+    if task.status().is_terminal() {
+        return save(tx, db, &mut task).await;
+    }
+    let sentence = format!(
+        "The server failed at it {defects} times in a row, through no fault of the task: its log says more."
+    );
+    end_abruptly(tx, db, &mut task, EndReason::Error, &sentence).await
+}
+
 /// Ends a task from outside its run: whoever runs it stops, and nothing of the run counts any more.
 pub(super) async fn end_abruptly(
     tx: &mut ProjectTx,
@@ -302,7 +336,8 @@ pub(super) async fn end_abruptly(
             .await?;
     }
     let before = task.document.result.take();
-    task.document.result = Some(TaskResult::without_answer(reason, sentence, None, before));
+    let cause = (reason == EndReason::Error).then(|| sentence.to_owned());
+    task.document.result = Some(TaskResult::without_answer(reason, sentence, cause, before));
     tx.withdraw_approvals(task.id).await?;
     tx.stop_run(task.id);
     task.bypass(Bypass::Stopped);

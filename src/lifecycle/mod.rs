@@ -21,7 +21,7 @@ mod operate;
 
 pub use approve::{NotResolved, approve, expire, reject, request_approval};
 pub use create::{NewTask, create};
-pub use finish::{Aftermath, after_failure, complete, escalate, stop_at_deadline};
+pub use finish::{Aftermath, after_defect, after_failure, complete, escalate, stop_at_deadline};
 pub use operate::{
     TaskChange, delete, delete_all, force_fail, kill, pause, queue, reassess, retry, run, update,
 };

@@ -164,6 +164,8 @@ pub struct Document {
     pub question_rounds: u32,
     /// Verdicts on it as a blocked task.
     pub resolution_attempts: u32,
+    /// Defects of the engine in a row.
+    pub defects: u32,
     /// Rejections by people.
     pub revision_count: u32,
     /// Whether it touches the outside world.

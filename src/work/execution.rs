@@ -528,6 +528,7 @@ fn tell_end(task: &mut Task, recorder: &Recorder<'_>, ending: &Ending, started_a
         assessment_history: history,
     };
     task.document.outcomes.clone_from(&recorder.outcomes);
+    task.document.defects = 0;
     let told = json!({
         "agentName": task.assign_to, "exitCode": result.exit_code, "duration": result.duration,
         "reason": result.reason, "runId": recorder.run,

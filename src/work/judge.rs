@@ -155,6 +155,7 @@ pub(super) async fn reassess(held: &Held, id: Id<ids::Task>) -> Result<()> {
     let db = &held.lease.db;
     let settings = db.settings().await?;
     let before = db.task(id).await?;
+    let asked_about = before.document.expectations.clone();
     let judged = if before.status().is_terminal() && !before.document.expectations.is_empty() {
         Some(assess(held, before, &settings, Trigger::Reassess).await?)
     } else {
@@ -166,9 +167,12 @@ pub(super) async fn reassess(held: &Held, id: Id<ids::Task>) -> Result<()> {
     if let Some((before, verdict)) = judged
         && task.status() == before.status()
     {
-        task.document
-            .expectations
-            .clone_from(&before.document.expectations);
+        // Corrections are of what was asked about; whoever gave it others meanwhile has the last word.
+        if task.document.expectations == asked_about {
+            task.document
+                .expectations
+                .clone_from(&before.document.expectations);
+        }
         tell_verdict(&mut task, &verdict);
         if let Some(result) = &mut task.document.result {
             let earlier = result.assessment.replace(json!(verdict));

@@ -16,7 +16,7 @@ use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
 use crate::app::App;
-use crate::lifecycle::LifecycleError;
+use crate::lifecycle::{self, LifecycleError};
 use crate::store::{Holder, Job, Lease, StoreError, Topic, World, until};
 
 mod ask;
@@ -34,8 +34,10 @@ const LOOK: Duration = Duration::from_millis(500);
 const HEARTBEAT: Duration = Duration::from_secs(3);
 /// The most jobs of one claim.
 const CLAIM: usize = 64;
-/// How long a job rests that failed because of us or of the database.
+/// How long a job rests that failed because of the database.
 const REST: Duration = Duration::from_secs(2);
+/// How long a job rests that failed because of us, if its task cannot end for it.
+const LONG_REST: Duration = Duration::from_secs(60);
 
 /// Why a job was not done.
 #[derive(Debug, thiserror::Error)]
@@ -291,25 +293,44 @@ impl Held {
     /// Does the job. Whatever goes wrong, it is done, given back, or someone else's in the end.
     async fn work(&self) {
         let done = AssertUnwindSafe(self.dispatch()).catch_unwind().await;
-        let error = match done {
+        let returned = match done {
             Ok(Ok(()) | Err(WorkError::LeaseLost)) => return,
             Ok(Err(WorkError::Unavailable(error))) => {
                 tracing::warn!(job = ?self.lease.job, "a job must wait for the database: {error:#}");
-                error
+                self.put_off(REST).await.map_err(WorkError::from)
             }
             Ok(Err(WorkError::Defect(error))) => {
-                tracing::error!(job = ?self.lease.job, "a job failed and is tried again: {error:#}");
-                error
+                tracing::error!(job = ?self.lease.job, "a job failed: {error:#}");
+                self.count_defect().await
             }
             Err(_panic) => {
-                tracing::error!(job = ?self.lease.job, "a job panicked and is tried again");
-                anyhow::anyhow!("a job panicked")
+                tracing::error!(job = ?self.lease.job, "a job panicked");
+                self.count_defect().await
             }
         };
-        if let Err(unreturned) = self.put_off(REST).await {
-            tracing::debug!(
-                "the job comes back when its lease runs out: {unreturned} after {error}"
-            );
+        if let Err(unreturned) = returned {
+            tracing::debug!("the job comes back when its lease runs out: {unreturned}");
+        }
+    }
+
+    /// Has a job tried again that failed because of us, but not for ever.
+    async fn count_defect(&self) -> Result<()> {
+        let counted = match self.lease.job {
+            Job::Task(id) | Job::Blocked(id) => {
+                let mut tx = self.lease.db.begin().await?;
+                let pause = task::pause(self);
+                lifecycle::after_defect(&mut tx, &self.lease.db, &self.lease, id, pause)
+                    .await
+                    .map_err(WorkError::from)
+                    .map(|()| tx)
+            }
+            _ => Err(WorkError::Defect(anyhow::anyhow!("it is no task's job"))),
+        };
+        match counted {
+            Ok(tx) => Ok(tx.commit().await?),
+            // A row that cannot be read can be mended; until then it costs little.
+            Err(WorkError::Defect(_)) => Ok(self.put_off(LONG_REST).await?),
+            Err(error) => Err(error),
         }
     }
 

@@ -1228,3 +1228,61 @@ async fn a_failed_task_that_is_put_back_has_its_deadline_watched_again() {
             .unwrap();
     assert_eq!(timers, 1);
 }
+
+#[tokio::test]
+async fn a_need_that_cannot_be_tried_again_is_asked_about_once() {
+    let app = start().await;
+    answer(app.patch("/v1/config", json!({"orchestratorModel": "openai:decider"}))).await;
+    let verdict = json!({"action": "retry", "reason": "r", "description": ""}).to_string();
+    app.upstream
+        .answers(move |_| Reply::Slow(Duration::from_millis(400), said(&verdict)));
+    let first = app.task("first", json!({"draft": true})).await;
+    let second = app.task("second", json!({"dependsOn": [first]})).await;
+    answer(app.post(&format!("/v1/tasks/{first}/kill"), json!({}))).await;
+    eventually("the orchestrator is asked", async || {
+        app.upstream.asked().len() == 1
+    })
+    .await;
+    // Its title is another's before it can come back.
+    app.task("first", json!({"draft": true})).await;
+    let failed = app.until(&second, "failed").await;
+    assert!(
+        failed["result"]["cause"]
+            .as_str()
+            .unwrap()
+            .contains("cannot be tried again"),
+        "{failed}"
+    );
+    assert_eq!(app.upstream.asked().len(), 1);
+}
+
+#[tokio::test]
+async fn a_task_that_the_engine_fails_at_again_and_again_ends_and_says_so() {
+    let app = start().await;
+    app.upstream
+        .will(Reply::Stream(called(&[("c1", "memory_get", &["{}"])])));
+    app.upstream.will(Reply::Hang(vec![]));
+    let id = app.task("long", json!({})).await;
+    eventually("it is asked again", async || {
+        app.upstream.asked().len() == 2
+    })
+    .await;
+    answer(app.post(&format!("/v1/tasks/{id}/pause"), json!({}))).await;
+    // What nothing of ours writes, and nothing of ours can read.
+    let mut database = PgConnection::connect(&app.database_url).await.unwrap();
+    sqlx::raw_sql("update production.steps set body = '{}' where kind = 'model'")
+        .execute(&mut database)
+        .await
+        .unwrap();
+    answer(app.post(&format!("/v1/tasks/{id}/run"), json!({}))).await;
+    let failed = app.until(&id, "failed").await;
+    assert_eq!(failed["result"]["reason"], "error");
+    assert!(
+        failed["result"]["cause"]
+            .as_str()
+            .unwrap()
+            .contains("5 times in a row"),
+        "{failed}"
+    );
+    assert_eq!(app.upstream.asked().len(), 2);
+}
