@@ -11,6 +11,7 @@ use crate::event::{Event, timestamp};
 use crate::ids::{self, Id};
 
 mod expectation;
+mod expression;
 mod gate;
 mod policy;
 mod review;
@@ -20,7 +21,8 @@ mod status;
 pub use expectation::{
     Confidence, Dimension, Expectation, ExpectedOutcome, Outcome, OutcomeKind, refuse_metrics,
 };
-pub use gate::{Gate, GateHandler, Hook, ON_TIMEOUT, OnTimeout, context};
+pub use expression::{check_expression, holds};
+pub use gate::{Gate, GateHandler, Hook, LONGEST_TIME, ON_TIMEOUT, OnTimeout, context};
 pub use policy::{Failure, Follow, Level, backoff};
 pub use review::{
     Assessment, Check, DEFAULT_THRESHOLD, REVIEWERS, Review, Score, Trigger, answer_schema,
