@@ -131,7 +131,8 @@ impl App {
             Role::All | Role::Api => api::router(self.clone()),
             Role::Worker => api::health_router(self.clone()),
         };
-        let server = api::server::serve(listener, router, self.stopping.clone());
+        let stall = Duration::from_millis(self.config.stall_ms);
+        let server = api::server::serve(listener, router, stall, self.stopping.clone());
         let served = async {
             match role {
                 Role::Api => server.await,
@@ -175,6 +176,7 @@ impl App {
             if self.db.wake_parked_jobs(world).await? > 0 {
                 self.db.ring(Topic::Jobs(world));
             }
+            self.db.wake_resumed_projects(world).await?;
         }
         Ok(())
     }

@@ -104,6 +104,10 @@ pub struct Config {
     #[arg(long, hide = true, default_value_t = 30_000)]
     pub heartbeat_ms: u64,
 
+    /// How long a client may take nothing of an answer before its connection is cut, in milliseconds. Fixed but for tests.
+    #[arg(long, hide = true, default_value_t = 60_000)]
+    pub stall_ms: u64,
+
     /// How the log is written.
     #[arg(long, env = "POLPO_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,

@@ -12,7 +12,7 @@ use sqlx::PgConnection;
 use uuid::Uuid;
 
 use super::{Db, ProjectDb, ProjectTx, Result, StoreError, World, to_micros};
-use crate::ids::{Approval, Id, Task};
+use crate::ids::{Approval, Id, Run, Task};
 
 /// How long a claimer that says nothing keeps a job (design 0.1, Leases).
 pub const LEASE: Duration = Duration::from_secs(10);
@@ -34,7 +34,27 @@ pub enum Job {
     Approval(Id<Approval>),
 }
 
+/// What is only looked at when its time has come. It is never `ready`: it is claimed when it is due, apart from work, so
+/// that nothing that takes long holds it up.
+const TIMERS: [&str; 3] = ["deadline", "escalation", "approval"];
+
+/// What a suspended project's jobs are parked on; no agent's name.
+pub const SUSPENDED: &str = "/suspended";
+
+fn timers() -> [String; 3] {
+    TIMERS.map(str::to_owned)
+}
+
 impl Job {
+    fn is_timer(self) -> bool {
+        TIMERS.contains(&self.columns().0)
+    }
+
+    /// The id of what it is about: of a task, or of an approval.
+    pub fn subject(self) -> Uuid {
+        self.columns().1
+    }
+
     pub(super) fn columns(self) -> (&'static str, Uuid) {
         match self {
             Self::Task(task) => ("task", task.uuid()),
@@ -82,6 +102,8 @@ impl Lease {
 pub struct Claimed {
     /// The jobs.
     pub leases: Vec<Lease>,
+    /// How many projects shared the places; some of them may have got none because another process was quicker.
+    pub projects: usize,
     /// Where the next claim goes on, so that projects take turns.
     pub cursor: Uuid,
 }
@@ -115,14 +137,16 @@ impl Db {
         Ok(Standing(connection))
     }
 
-    /// Makes ready what has come due, leases that have run out among it. Returns when more comes due.
+    /// Makes ready what has come due, leases that have run out among it. Returns when more comes due; that is past where a
+    /// timer is due.
     ///
     /// # Errors
     /// When the database cannot be reached.
     pub async fn ready_due_jobs(&self, world: World) -> Result<Option<DateTime<Utc>>> {
         sqlx::query!(
             "update jobs set ready = true, holder = null
-            where not ready and due_at <= clock_timestamp()"
+            where not ready and due_at <= clock_timestamp() and kind <> all($1)",
+            &timers()
         )
         .execute(self.world(world))
         .await?;
@@ -150,8 +174,9 @@ impl Db {
                       and (classid::bigint << 32) | objid::bigint = holders.holder
                 )
             )
-            update jobs set ready = true, holder = null, lease = nextval('leases')
-            from gone where jobs.holder = gone.holder"
+            update jobs set ready = kind <> all($1), due_at = clock_timestamp(), holder = null, lease = nextval('leases')
+            from gone where jobs.holder = gone.holder",
+            &timers()
         )
         .execute(self.world(world))
         .await?;
@@ -166,7 +191,7 @@ impl Db {
     pub async fn wake_parked_jobs(&self, world: World) -> Result<u64> {
         let woken = sqlx::query!(
             "with waiting as (
-                select distinct project_id, parked_on from jobs where parked_on is not null
+                select distinct project_id, parked_on from jobs where parked_on is not null and parked_on <> $1
             ), free as (
                 select w.project_id, w.parked_on,
                     coalesce(case
@@ -194,11 +219,31 @@ impl Db {
             )
             update jobs set ready = true, due_at = clock_timestamp(), parked_on = null
             from woken
-            where jobs.project_id = woken.project_id and jobs.kind = woken.kind and jobs.subject = woken.subject"
+            where jobs.project_id = woken.project_id and jobs.kind = woken.kind and jobs.subject = woken.subject",
+            SUSPENDED
         )
         .execute(self.world(world))
         .await?;
         Ok(woken.rows_affected())
+    }
+
+    /// Wakes the jobs of projects that are active again.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn wake_resumed_projects(&self, world: World) -> Result<()> {
+        let resting = sqlx::query_scalar!(
+            "select distinct project_id from jobs where parked_on = $1",
+            SUSPENDED
+        )
+        .fetch_all(self.world(world))
+        .await?;
+        for project in resting {
+            if !self.is_suspended(project).await? {
+                self.project(project, world).wake_resumed().await?;
+            }
+        }
+        Ok(())
     }
 
     /// Claims up to `most` ready jobs. Projects take turns: the claim goes round all that have some, from
@@ -241,7 +286,7 @@ impl Db {
                 due_at = clock_timestamp() + make_interval(secs => $4::double precision)
             from picked
             where jobs.project_id = picked.project_id and jobs.kind = picked.kind and jobs.subject = picked.subject
-            returning jobs.project_id, jobs.kind, jobs.subject, jobs.lease"#,
+            returning jobs.project_id, jobs.kind, jobs.subject, jobs.lease, (select count(*) from turn) as "projects!""#,
             cursor,
             most,
             holder.0,
@@ -254,6 +299,7 @@ impl Db {
             .map(|row| row.project_id)
             .max()
             .unwrap_or_default();
+        let projects = rows.first().map_or(0, |row| row.projects);
         let leases = rows
             .into_iter()
             .filter_map(|row| {
@@ -264,7 +310,52 @@ impl Db {
                 })
             })
             .collect();
-        Ok(Claimed { leases, cursor })
+        Ok(Claimed {
+            leases,
+            projects: usize::try_from(projects).unwrap_or_default(),
+            cursor,
+        })
+    }
+
+    /// Claims up to `most` timers that are due, the longest overdue first.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn claim_timers(
+        &self,
+        world: World,
+        holder: Holder,
+        most: i64,
+    ) -> Result<Vec<Lease>> {
+        let rows = sqlx::query!(
+            "with picked as (
+                select project_id, kind, subject from jobs
+                where not ready and due_at <= clock_timestamp() and kind = any($3)
+                order by due_at
+                limit $4
+                for update skip locked
+            )
+            update jobs
+            set holder = $1, lease = nextval('leases'),
+                due_at = clock_timestamp() + make_interval(secs => $2::double precision)
+            from picked
+            where jobs.project_id = picked.project_id and jobs.kind = picked.kind and jobs.subject = picked.subject
+            returning jobs.project_id, jobs.kind, jobs.subject, jobs.lease",
+            holder.0,
+            seconds(LEASE),
+            &timers(),
+            most
+        )
+        .fetch_all(self.world(world))
+        .await?;
+        let leases = rows.into_iter().filter_map(|row| {
+            Some(Lease {
+                job: Job::of(&row.kind, row.subject)?,
+                db: self.project(row.project_id, world),
+                number: row.lease,
+            })
+        });
+        Ok(leases.collect())
     }
 
     /// Extends a process' leases and returns those of the given ones that it still has.
@@ -311,7 +402,7 @@ impl ProjectTx {
         let (kind, subject) = job.columns();
         sqlx::query!(
             "insert into jobs (project_id, kind, subject, priority, ready, due_at, lease)
-            values ($1, $2, $3, $4, $5::double precision <= 0, clock_timestamp() + make_interval(secs => $5::double precision), nextval('leases'))
+            values ($1, $2, $3, $4, $6, clock_timestamp() + make_interval(secs => $5::double precision), nextval('leases'))
             on conflict (project_id, kind, subject) do update
             set priority = excluded.priority, ready = excluded.ready, due_at = excluded.due_at,
                 lease = excluded.lease, holder = null, parked_on = null, created_at = excluded.created_at",
@@ -319,7 +410,8 @@ impl ProjectTx {
             kind,
             subject,
             priority,
-            seconds(after)
+            seconds(after),
+            after.is_zero() && !job.is_timer()
         )
         .execute(&mut *self.tx)
         .await?;
@@ -390,14 +482,15 @@ impl ProjectTx {
         let (kind, subject) = lease.job.columns();
         let done = sqlx::query!(
             "update jobs
-            set ready = $5::double precision <= 0, due_at = clock_timestamp() + make_interval(secs => $5::double precision), holder = null,
+            set ready = $6, due_at = clock_timestamp() + make_interval(secs => $5::double precision), holder = null,
                 lease = nextval('leases')
             where project_id = $1 and kind = $2 and subject = $3 and lease = $4",
             self.db.project,
             kind,
             subject,
             lease.number,
-            seconds(after)
+            seconds(after),
+            after.is_zero() && !lease.job.is_timer()
         )
         .execute(&mut *self.tx)
         .await?;
@@ -495,14 +588,30 @@ impl ProjectTx {
 }
 
 impl ProjectDb {
-    /// Gives a job back unfinished, to be claimed at once by another process.
+    /// Has the jobs of the project go on that rested while it was suspended.
+    ///
+    /// # Errors
+    /// When the database refuses.
+    pub async fn wake_resumed(&self) -> Result<()> {
+        let mut tx = self.begin().await?;
+        tx.unpark(SUSPENDED, i64::MAX).await?;
+        tx.commit().await
+    }
+
+    /// Gives a job back unfinished, to be claimed at once by another process. `between_steps` is the run whose next tool call
+    /// is on record and has not begun: whoever goes on with it need not fear that it was made.
     ///
     /// # Errors
     /// When the database cannot be reached; then the lease runs out.
-    pub async fn hand_over(&self, lease: &Lease) -> Result<()> {
+    pub async fn hand_over(&self, lease: &Lease, between_steps: Option<Id<Run>>) -> Result<()> {
         let mut tx = self.begin().await?;
         match tx.put_off(lease, Duration::ZERO).await {
-            Ok(()) => tx.commit().await,
+            Ok(()) => {
+                if let Some(run) = between_steps {
+                    tx.nothing_under_way(run).await?;
+                }
+                tx.commit().await
+            }
             Err(StoreError::LeaseLost) => Ok(()),
             Err(error) => Err(error),
         }

@@ -38,7 +38,7 @@ pub use agents::{AgentRow, NewAgent};
 pub use approvals::{ApprovalRow, NewApproval};
 pub use credentials::{CredentialRow, SealedCredential};
 pub use events::{EventRange, EventRow, Stream};
-pub use jobs::{Claimed, Holder, Job, LEASE, Lease, Standing, until};
+pub use jobs::{Claimed, Holder, Job, LEASE, Lease, SUSPENDED, Standing, until};
 pub use keys::{KeyHash, KeyRow, NewKey};
 pub use memories::{MEMORY_LIMIT, Memories, MemoryOwner};
 pub use migrate::{MigrationError, MigrationState, migrate, migration_state, reach};
@@ -258,6 +258,7 @@ impl ProjectDb {
             db: self.clone(),
             events: Vec::new(),
             stops: Vec::new(),
+            changed: Vec::new(),
             tells: false,
             rings_jobs: false,
             changes: false,
@@ -274,6 +275,8 @@ pub struct ProjectTx {
     events: Vec<Event>,
     /// Tasks whose runs are to stop.
     stops: Vec<Uuid>,
+    /// Tasks that have changed, for those who follow one.
+    changed: Vec<Uuid>,
     /// Whether events were stored.
     tells: bool,
     /// Whether there is work that was not there before.
@@ -299,12 +302,16 @@ impl ProjectTx {
         }
         self.append_events().await?;
         let topics: Vec<Topic> = self.topics().collect();
+        let changed = std::mem::take(&mut self.changed);
         self.tx.commit().await?;
         if self.changes {
             self.db.warm.forget(self.db.project);
         }
         for topic in topics {
             self.db.bell.ring(topic);
+        }
+        for task in changed {
+            self.db.bell.ring_if_followed(task);
         }
         Ok(())
     }

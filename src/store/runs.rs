@@ -380,6 +380,21 @@ impl ProjectTx {
         Ok(())
     }
 
+    /// The next call of a run has not begun after all.
+    ///
+    /// # Errors
+    /// When the database refuses.
+    pub async fn nothing_under_way(&mut self, run: Id<Run>) -> Result<()> {
+        sqlx::query!(
+            "update runs set under_way = null where project_id = $1 and id = $2",
+            self.db.project,
+            run.uuid()
+        )
+        .execute(&mut *self.tx)
+        .await?;
+        Ok(())
+    }
+
     /// Ends a run, with its last step if that is not recorded yet.
     ///
     /// # Errors

@@ -289,6 +289,7 @@ impl ProjectTx {
         )
         .execute(&mut *self.tx)
         .await?;
+        self.changed.push(task.id.uuid());
         let events = task.take_events();
         let ended = events.iter().any(|event| event.name == "task:transition");
         self.events.extend(events);
@@ -487,6 +488,7 @@ impl ProjectTx {
                 .await?;
         }
         self.stops.extend(&gone);
+        self.changed.extend(&gone);
         Ok(gone.into_iter().map(Id::from).collect())
     }
 

@@ -74,6 +74,7 @@ struct Entries {
     memories: Named<Memories>,
     settings: Named<Settings>,
     credentials: HashMap<Uuid, Arc<Vec<SealedCredential>>>,
+    suspended: HashMap<Uuid, bool>,
     /// Numbers of the changes already acted on, per schema.
     seen: HashSet<(String, i64)>,
 }
@@ -90,6 +91,7 @@ impl Entries {
         self.memories.forget(project);
         self.settings.forget(project);
         self.credentials.remove(&project);
+        self.suspended.remove(&project);
     }
 }
 
@@ -164,6 +166,24 @@ impl Warm {
             .get(&project)
             .filter(|_| entries.trusted())
             .cloned()
+    }
+
+    pub(super) fn suspended(&self, project: Uuid) -> Option<bool> {
+        let entries = self.entries.read().expect(POISONED);
+        entries
+            .suspended
+            .get(&project)
+            .filter(|_| entries.trusted())
+            .copied()
+    }
+
+    pub(super) fn keep_suspended(&self, generation: u64, project: Uuid, suspended: bool) {
+        self.keep(generation, |entries| {
+            if entries.suspended.len() >= MOST {
+                entries.suspended.clear();
+            }
+            entries.suspended.insert(project, suspended);
+        });
     }
 
     pub(super) fn keep_key(&self, generation: u64, hash: KeyHash, key: Arc<KeyRow>) {

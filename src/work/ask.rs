@@ -11,7 +11,7 @@ use super::task::named_model;
 use super::{Held, Result, WorkError};
 use crate::agent::{self, Course, OutputFormat, Repair, Toolbox, TurnEvent};
 use crate::llm::{Message, ModelRequest, Part, ResponseFormat, Tool, ToolCall};
-use crate::store::CallUsage;
+use crate::store::{CallUsage, Topic};
 
 /// A judge has no tools yet.
 #[derive(Debug)]
@@ -61,6 +61,12 @@ pub(super) async fn ask(
     held: &Held,
     question: Question<'_>,
 ) -> Result<std::result::Result<Answer, String>> {
+    // A question that is under way is answered; no other is begun.
+    if held.should_rest().await {
+        held.lease.db.hand_over(&held.lease, None).await?;
+        return Err(WorkError::LeaseLost);
+    }
+    let mut stopped = held.app.db.wait(Topic::Stop(held.lease.job.subject()));
     let (provider, name, model) = match named_model(held, question.model).await? {
         Ok(model) => model,
         Err(cause) => return Ok(Err(cause)),
@@ -103,7 +109,14 @@ pub(super) async fn ask(
             event = turn.next() => event,
             () = held.lost.cancelled() => return Err(WorkError::LeaseLost),
             () = held.app.stop_turns.cancelled() => {
-                held.lease.db.hand_over(&held.lease).await?;
+                held.lease.db.hand_over(&held.lease, None).await?;
+                return Err(WorkError::LeaseLost);
+            }
+            // Someone has killed, paused or deleted the task, perhaps.
+            _ = stopped.changed() => {
+                if held.is_ours().await? {
+                    continue;
+                }
                 return Err(WorkError::LeaseLost);
             }
         };

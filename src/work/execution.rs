@@ -299,14 +299,15 @@ async fn follow(
                 Some(Ok(event)) => {
                     limits.quiet_since = Instant::now();
                     limits.warned = false;
-                    if recorder.note(event).await? && app.stopping.is_cancelled() {
-                        held.lease.db.hand_over(&held.lease).await?;
+                    if recorder.note(event).await? && held.should_rest().await {
+                        let between = Some(recorder.run);
+                        held.lease.db.hand_over(&held.lease, between).await?;
                         return Ok(Followed::HandedOver);
                     }
                 }
             },
             () = app.stop_turns.cancelled() => {
-                held.lease.db.hand_over(&held.lease).await?;
+                held.lease.db.hand_over(&held.lease, None).await?;
                 return Ok(Followed::HandedOver);
             }
             _ = stopped.changed() => {

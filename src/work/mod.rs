@@ -5,19 +5,20 @@
 
 use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
+use std::pin::pin;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use chrono::Utc;
 use futures::FutureExt;
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
 use crate::app::App;
 use crate::lifecycle::{self, LifecycleError};
-use crate::store::{Holder, Job, Lease, StoreError, Topic, World, until};
+use crate::store::{Claimed, Holder, Job, Lease, SUSPENDED, StoreError, Topic, World, until};
 
 mod ask;
 mod blocked;
@@ -34,6 +35,8 @@ const LOOK: Duration = Duration::from_millis(500);
 const HEARTBEAT: Duration = Duration::from_secs(3);
 /// The most jobs of one claim.
 const CLAIM: usize = 64;
+/// The most timers at once.
+const TIMERS: usize = 4;
 /// How long a job rests that failed because of the database.
 const REST: Duration = Duration::from_secs(2);
 /// How long a job rests that failed because of us, if its task cannot end for it.
@@ -86,6 +89,17 @@ struct Held {
 }
 
 impl Held {
+    /// Whether the project is suspended, so that its work rests. Who cannot ask goes on.
+    async fn is_suspended(&self) -> bool {
+        let project = self.lease.db.project();
+        self.app.db.is_suspended(project).await.unwrap_or(false)
+    }
+
+    /// Whether work on the job should end at the next chance: this process stops, or the project is suspended.
+    async fn should_rest(&self) -> bool {
+        self.app.stopping.is_cancelled() || self.is_suspended().await
+    }
+
     /// Whether the job is still ours; asked when someone says that it may not be.
     async fn is_ours(&self) -> Result<bool> {
         let number = self.lease.number();
@@ -104,6 +118,10 @@ struct Engine {
     app: App,
     holder: Holder,
     places: Arc<Semaphore>,
+    /// Timers have places of their own: they take no time, and must not wait for work that does.
+    timers: Arc<Semaphore>,
+    /// Whether this process has its lock: what it claims without one looks like a dead process' work.
+    standing: watch::Sender<bool>,
     /// Told when a place comes free while there was none.
     freed: Notify,
     running: Mutex<HashMap<i64, (World, CancellationToken)>>,
@@ -117,6 +135,8 @@ pub async fn run(app: App) {
     let engine = Arc::new(Engine {
         holder: Holder::new(rand::random()),
         places: Arc::new(Semaphore::new(app.config.worker_slots)),
+        timers: Arc::new(Semaphore::new(TIMERS)),
+        standing: watch::Sender::new(false),
         freed: Notify::new(),
         running: Mutex::default(),
         jobs: TaskTracker::new(),
@@ -147,6 +167,7 @@ impl Engine {
         loop {
             let lost = match self.app.db.hold(self.holder).await {
                 Ok(mut standing) => loop {
+                    self.standing.send_replace(true);
                     if let Err(error) = self.take_over().await {
                         tracing::debug!("the jobs of other processes cannot be seen: {error}");
                     }
@@ -157,6 +178,7 @@ impl Engine {
                 },
                 Err(error) => error,
             };
+            self.standing.send_replace(false);
             tracing::warn!("the engine has lost its database, trying again: {lost}");
             tokio::time::sleep(LOOK).await;
         }
@@ -176,8 +198,13 @@ impl Engine {
     /// Claims the jobs of a world as they become ready.
     async fn attend(self: &Arc<Self>, world: World) {
         let mut woken = self.app.db.wait(Topic::Jobs(world));
+        let mut standing = self.standing.subscribe();
         let mut cursor = Uuid::nil();
         while !self.app.stopping.is_cancelled() {
+            standing.borrow_and_update();
+            let mut freed = pin!(self.freed.notified());
+            // From here on: a place that comes free during the look is heard of.
+            freed.as_mut().enable();
             let next = match self.look(world, &mut cursor).await {
                 Ok(next) => next,
                 Err(error) => {
@@ -187,7 +214,8 @@ impl Engine {
             };
             tokio::select! {
                 changed = woken.changed() => changed.expect("the bell outlives the engine"),
-                () = self.freed.notified() => {}
+                () = freed => {}
+                _ = standing.changed() => {}
                 () = tokio::time::sleep(next) => {}
                 () = self.app.stopping.cancelled() => {}
             }
@@ -200,6 +228,9 @@ impl Engine {
         world: World,
         cursor: &mut Uuid,
     ) -> std::result::Result<Duration, StoreError> {
+        if !*self.standing.borrow() {
+            return Ok(LOOK);
+        }
         let due = self.app.db.ready_due_jobs(world).await?;
         loop {
             let most = self.places.available_permits().min(CLAIM);
@@ -209,7 +240,7 @@ impl Engine {
             let from_the_start = cursor.is_nil();
             let room = i64::try_from(most).unwrap_or(i64::MAX);
             let claimed = self.app.db.claim(world, self.holder, *cursor, room).await?;
-            let drained = is_drained(&claimed.leases, most);
+            let drained = is_drained(&claimed, most);
             *cursor = if drained { Uuid::nil() } else { claimed.cursor };
             for lease in claimed.leases {
                 let permit = self.places.clone().acquire_owned().await;
@@ -220,7 +251,27 @@ impl Engine {
             }
         }
         let pause = due.map_or(LOOK, |due| until(due, Utc::now()));
+        if pause.is_zero() && !self.look_at_timers(world).await? {
+            // Whoever ends one wakes us.
+            return Ok(LOOK);
+        }
         Ok(pause.clamp(Duration::from_millis(1), LOOK))
+    }
+
+    /// Claims timers that are due; false when there is no room for any.
+    async fn look_at_timers(
+        self: &Arc<Self>,
+        world: World,
+    ) -> std::result::Result<bool, StoreError> {
+        let most = i64::try_from(self.timers.available_permits()).unwrap_or(i64::MAX);
+        if most == 0 || self.app.stopping.is_cancelled() {
+            return Ok(false);
+        }
+        for lease in self.app.db.claim_timers(world, self.holder, most).await? {
+            let permit = self.timers.clone().acquire_owned().await;
+            self.begin(lease, permit.expect("the places are never closed"));
+        }
+        Ok(true)
     }
 
     fn begin(self: &Arc<Self>, lease: Lease, place: OwnedSemaphorePermit) {
@@ -241,7 +292,8 @@ impl Engine {
             };
             held.work().await;
             engine.running.lock().expect(POISONED).remove(&number);
-            let was_full = engine.places.available_permits() == 0;
+            let full = |places: &Semaphore| places.available_permits() == 0;
+            let was_full = full(&engine.places) || full(&engine.timers);
             drop(place);
             if was_full {
                 engine.freed.notify_waiters();
@@ -280,13 +332,13 @@ impl Engine {
 }
 
 /// Whether a claim has left nothing that is ready from its cursor on: no project had more than its share.
-fn is_drained(leases: &[Lease], most: usize) -> bool {
+fn is_drained(claimed: &Claimed, most: usize) -> bool {
     let mut of_project: HashMap<Uuid, usize> = HashMap::new();
-    for lease in leases {
+    for lease in &claimed.leases {
         *of_project.entry(lease.db.project()).or_default() += 1;
     }
-    let share = (most / of_project.len().max(1)).max(1);
-    of_project.len() < most && of_project.values().all(|count| *count < share)
+    let share = (most / claimed.projects.max(1)).max(1);
+    claimed.projects < most && of_project.values().all(|count| *count < share)
 }
 
 impl Held {
@@ -341,6 +393,11 @@ impl Held {
     }
 
     async fn dispatch(&self) -> Result<()> {
+        if self.is_suspended().await {
+            let mut tx = self.lease.db.begin().await?;
+            tx.park(&self.lease, SUSPENDED).await?;
+            return Ok(tx.commit().await?);
+        }
         match self.lease.job {
             Job::Task(id) => task::advance(self, id).await,
             Job::Blocked(id) => blocked::resolve(self, id).await,

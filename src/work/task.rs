@@ -28,6 +28,9 @@ pub(super) async fn advance(held: &Held, id: Id<ids::Task>) -> Result<()> {
         if held.lost.is_cancelled() {
             return Err(WorkError::LeaseLost);
         }
+        if held.should_rest().await {
+            return Ok(db.hand_over(&held.lease, None).await?);
+        }
         let next = match task.status() {
             Status::Pending if task.document.escalation_owed => {
                 question::rewrite(held, task).await?

@@ -3,11 +3,12 @@
 use std::sync::Arc;
 
 use polpo::store::{Topic, World};
+use reqwest::Method;
 use serde_json::{Value, json};
 use sqlx::{Connection, PgConnection};
 use tokio::sync::Notify;
 
-use crate::harness::{Reply, TestApp, answer, eventually, last_text, said};
+use crate::harness::{Reply, TestApp, answer, called, eventually, last_text, results, said};
 
 /// A server whose agent `noor` has one place, and `boss` many. Tasks whose title begins with "hang" never end.
 async fn start() -> TestApp {
@@ -187,4 +188,65 @@ async fn a_yes_does_not_make_room() {
     assert_eq!(app.upstream.asked().len(), 1);
     answer(app.post(&format!("/v1/tasks/{busy}/kill"), json!({}))).await;
     app.until(&gated, "done").await;
+}
+
+#[tokio::test]
+async fn a_deadline_is_kept_while_every_place_is_taken() {
+    let app = TestApp::start_with(&["--worker-slots", "1"]).await;
+    app.agent("noor").await;
+    configure(&app, json!({"violationAction": "fail"})).await;
+    app.upstream.answers(|_| Reply::Hang(vec![]));
+    let soon = (chrono::Utc::now() + std::time::Duration::from_millis(600)).to_rfc3339();
+    let busy = app
+        .task("busy", json!({"priority": 9, "deadline": soon}))
+        .await;
+    let failed = app.until(&busy, "failed").await;
+    assert_eq!(failed["result"]["reason"], "deadline");
+}
+
+#[tokio::test]
+async fn the_work_of_a_suspended_project_rests_until_it_is_active_again() {
+    let app = TestApp::start().await;
+    app.agent("noor").await;
+    app.upstream.answers(|request| {
+        let words = if results(request) < 3 {
+            called(&[("c", "memory_get", &["{}"])])
+        } else {
+            said("Done.")
+        };
+        Reply::Slow(std::time::Duration::from_millis(200), words)
+    });
+    let task = app.task("long", json!({})).await;
+    eventually("it is at work", async || app.upstream.asked().len() == 1).await;
+    let status = async |status: &str| {
+        let path = format!("/v1/projects/{}", app.project);
+        let request = app
+            .admin(Method::PATCH, &path)
+            .json(&json!({"status": status}));
+        assert_eq!(answer(request).await.0, 200);
+    };
+    status("suspended").await;
+    parked(&app, "/suspended", 1).await;
+    assert_eq!(app.upstream.asked().len(), 1);
+    status("active").await;
+    app.until(&task, "done").await;
+    assert_eq!(app.upstream.asked().len(), 4);
+}
+
+#[tokio::test]
+async fn a_process_without_its_lock_claims_nothing() {
+    let app = TestApp::start_with(&["--role-of-test", "api"]).await;
+    app.agent("noor").await;
+    app.upstream.answers(|_| Reply::Stream(said("Done.")));
+    let mut database = PgConnection::connect(&app.database_url).await.unwrap();
+    let away = "alter function pg_catalog.pg_advisory_lock(bigint) rename to away";
+    sqlx::raw_sql(away).execute(&mut database).await.unwrap();
+    let task = app.task("early", json!({})).await;
+    app.another_process().await;
+    // Longer than it takes to look a few times.
+    tokio::time::sleep(std::time::Duration::from_millis(1_200)).await;
+    assert_eq!(app.upstream.asked().len(), 0);
+    let back = "alter function pg_catalog.away(bigint) rename to pg_advisory_lock";
+    sqlx::raw_sql(back).execute(&mut database).await.unwrap();
+    app.until(&task, "done").await;
 }
