@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use sqlx::{Connection, PgConnection};
 use tokio::sync::Notify;
 
+use crate::assessments::scored;
 use crate::harness::{
     Reply, TestApp, answer, called, chunk, ending, eventually, frames, last_text, results, said,
     spoken,
@@ -210,6 +211,33 @@ async fn what_is_wrong_is_refused_with_a_sentence_and_nothing_is_stored() {
         ("deadline", json!("soon"), "input"),
         ("retryPolicy", json!({"escalateAfter": -1}), "u32"),
         ("title", json!("a\0b"), "NUL"),
+        ("assignTo", json!("x".repeat(201)), "200"),
+        ("group", json!("x".repeat(201)), "200"),
+        ("dependsOn", json!(["x".repeat(501)]), "500"),
+        ("maxDuration", json!(u64::MAX), "at most"),
+        ("deadline", json!("+200000-01-01T00:00:00Z"), "9999"),
+        ("notifications", json!(7), "object"),
+        ("loop", json!([1]), "object"),
+        (
+            "sandbox",
+            json!({"a": "x".repeat(33_000)}),
+            "`sandbox` is too long",
+        ),
+        (
+            "expectations",
+            json!([{"type": "llm_review", "criteria": "x".repeat(33_000)}]),
+            "`expectations` is too long",
+        ),
+        (
+            "expectedOutcomes",
+            json!([{"type": "text", "label": "x".repeat(33_000)}]),
+            "`expectedOutcomes` is too long",
+        ),
+        (
+            "retryPolicy",
+            json!({"escalateModel": "x".repeat(1_100)}),
+            "`retryPolicy` is too long",
+        ),
     ] {
         let mut task = good.clone();
         task[member] = value.clone();
@@ -238,6 +266,12 @@ async fn what_is_wrong_is_refused_with_a_sentence_and_nothing_is_stored() {
         (json!({"assignTo": "ghost"}), 400),
         (json!({"status": "active"}), 400),
         (json!({"maxRetries": 101}), 400),
+        (json!({"retries": 4_294_967_295_u32}), 400),
+        (json!({"assignTo": "x".repeat(201)}), 400),
+        (
+            json!({"expectations": [{"type": "llm_review", "criteria": "x".repeat(33_000)}]}),
+            400,
+        ),
         (json!({"expectations": [{"type": "vibes"}]}), 400),
         (json!({"status": "done"}), 409),
         (json!({"status": "in_progress"}), 409),
@@ -245,6 +279,11 @@ async fn what_is_wrong_is_refused_with_a_sentence_and_nothing_is_stored() {
     ] {
         let (given, body) = answer(app.patch(&format!("/v1/tasks/{id}"), change.clone())).await;
         assert_eq!(given, status, "{change}: {body}");
+    }
+    for deed in ["kill", "force-fail"] {
+        let reason = json!({"reason": "x".repeat(2_001)});
+        let path = format!("/v1/tasks/{id}/{deed}");
+        assert_eq!(answer(app.post(&path, reason)).await.0, 400, "{deed}");
     }
     let untouched = app.read(&id).await;
     assert_eq!(
@@ -1285,4 +1324,151 @@ async fn a_task_that_the_engine_fails_at_again_and_again_ends_and_says_so() {
         "{failed}"
     );
     assert_eq!(app.upstream.asked().len(), 2);
+}
+
+/// What a task's stream says, followed from `run` on; the draft is made by this.
+async fn streamed(app: &TestApp, title: &str, others: Value) -> (String, reqwest::Response) {
+    let mut members = json!({"draft": true});
+    members
+        .as_object_mut()
+        .unwrap()
+        .extend(others.as_object().unwrap().clone());
+    let id = app.task(title, members).await;
+    let request = app.post(&format!("/v1/tasks/{id}/run"), json!({"stream": true}));
+    (id, request.send().await.unwrap())
+}
+
+#[tokio::test]
+async fn a_stream_has_the_last_words_of_a_run_that_is_mended_at_once() {
+    let app = start().await;
+    app.upstream.answers(|request| {
+        let told = last_text(request, "system").contains("\"Notes\".");
+        let arguments = r#"{"type":"text","label":"Notes","text":"abc"}"#;
+        match (told, results(request)) {
+            (false, _) => Reply::Stream(said("Here.")),
+            (true, 0) => Reply::Stream(called(&[("c1", "register_outcome", &[arguments])])),
+            (true, _) => Reply::Slow(Duration::from_millis(50), said("There.")),
+        }
+    });
+    let outcomes = json!({"expectedOutcomes": [{"type": "text", "label": "Notes"}]});
+    let (_, response) = streamed(&app, "notes", outcomes).await;
+    let text = response.text().await.unwrap();
+    assert!(spoken(&frames(&text)).ends_with("There."), "{text}");
+}
+
+#[tokio::test]
+async fn a_task_stream_ends_when_its_key_is_revoked_and_the_task_goes_on() {
+    let app = start().await;
+    app.upstream.will(Reply::Hang(vec![]));
+    let (id, response) = streamed(&app, "t", json!({})).await;
+    app.until(&id, "in_progress").await;
+    let keys = answer(app.admin(
+        Method::GET,
+        &format!("/v1/api-keys?projectId={}", app.project),
+    ))
+    .await
+    .1;
+    let live = |key: &&Value| key["name"] == "live";
+    let key = keys.as_array().unwrap().iter().find(live).unwrap()["id"].clone();
+    let path = format!("/v1/api-keys/{}", key.as_str().unwrap());
+    assert!(
+        answer(app.admin(Method::DELETE, &path))
+            .await
+            .0
+            .is_success()
+    );
+    let text = tokio::time::timeout(Duration::from_secs(8), response.text());
+    let text = text.await.expect("it goes on").unwrap();
+    assert!(
+        text.contains("invalid_api_key") || text.contains("API key"),
+        "{text}"
+    );
+    assert!(!app.upstream.was_left());
+}
+
+#[tokio::test]
+async fn a_killed_task_leaves_its_reviewers_at_once() {
+    let app = start().await;
+    app.upstream.will_say("Work.");
+    app.upstream.answers(|_| Reply::Hang(vec![]));
+    let expectations = json!([{"type": "llm_review", "criteria": "c"}]);
+    let id = app.task("t", json!({"expectations": expectations})).await;
+    eventually("reviewers are asked", async || {
+        app.upstream.asked().len() == 4
+    })
+    .await;
+    answer(app.post(&format!("/v1/tasks/{id}/kill"), json!({}))).await;
+    let since = std::time::Instant::now();
+    eventually("they are left", async || app.upstream.was_left()).await;
+    assert!(since.elapsed() < Duration::from_secs(1));
+}
+
+/// Waits until another process has done a task, and returns it.
+async fn done_elsewhere(app: &TestApp, url: &str, id: &str) -> Value {
+    for _ in 0..400 {
+        let request = app
+            .client
+            .get(format!("{url}/v1/tasks/{id}"))
+            .bearer_auth(&app.live);
+        let task = answer(request).await.1;
+        if task["status"] == "done" {
+            return task;
+        }
+        tokio::time::sleep(Duration::from_millis(25)).await;
+    }
+    panic!("it was never done");
+}
+
+#[tokio::test]
+async fn a_call_that_had_not_begun_when_the_server_stopped_is_not_in_doubt() {
+    let app = start().await;
+    let arguments = r#"{"content":"once"}"#;
+    app.upstream.will(Reply::Slow(
+        Duration::from_millis(300),
+        called(&[("c1", "memory_append", &[arguments])]),
+    ));
+    app.upstream.will_say("Done.");
+    let id = app.task("t", json!({})).await;
+    eventually("it is at work", async || app.upstream.asked().len() == 1).await;
+    app.stop.cancel();
+    let elsewhere = app.another_process().await;
+    done_elsewhere(&app, &elsewhere, &id).await;
+    let memory = app
+        .client
+        .get(format!("{elsewhere}/v1/memory/agent/noor"))
+        .bearer_auth(&app.live);
+    let memory = answer(memory).await.1["content"].clone();
+    assert_eq!(memory.as_str().unwrap().matches("once").count(), 1);
+    let asked = app.upstream.asked();
+    assert_eq!(asked.len(), 2);
+    assert!(!last_text(&asked[1], "tool").contains("Interrupted"));
+}
+
+#[tokio::test]
+async fn a_server_that_stops_begins_no_review() {
+    let app = start().await;
+    app.upstream
+        .will(Reply::Slow(Duration::from_millis(300), said("Work.")));
+    app.upstream.answers(|request| scored(request, 5.0));
+    let expectations = json!([{"type": "llm_review", "criteria": "c"}]);
+    let id = app.task("t", json!({"expectations": expectations})).await;
+    eventually("it is at work", async || app.upstream.asked().len() == 1).await;
+    app.stop.cancel();
+    let mut database = PgConnection::connect(&app.database_url).await.unwrap();
+    let rests = "select count(*) from production.jobs j join production.tasks t on t.id = j.subject
+        where t.status = 'review' and j.ready";
+    loop {
+        let count: i64 = sqlx::query_scalar(rests)
+            .fetch_one(&mut database)
+            .await
+            .unwrap();
+        if count == 1 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(app.upstream.asked().len(), 1);
+    let elsewhere = app.another_process().await;
+    done_elsewhere(&app, &elsewhere, &id).await;
+    assert_eq!(app.upstream.asked().len(), 4);
 }
