@@ -139,11 +139,11 @@ async fn judge(
             },
         }),
     };
-    let answer = ask(held, question).await?;
+    // A task that never began has no run to put it down to; what it needs has.
+    let answer = ask(held, question, failed.id).await?;
     // What cannot be read counts as `fail` (design 0.1).
     Ok(answer.and_then(|answer| {
-        serde_json::from_str(&answer.text)
-            .map_err(|_| "nobody could say how it can go on".to_owned())
+        serde_json::from_str(&answer).map_err(|_| "nobody could say how it can go on".to_owned())
     }))
 }
 

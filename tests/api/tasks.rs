@@ -1472,3 +1472,50 @@ async fn a_server_that_stops_begins_no_review() {
     done_elsewhere(&app, &elsewhere, &id).await;
     assert_eq!(app.upstream.asked().len(), 4);
 }
+
+#[tokio::test]
+async fn what_questions_rewrites_and_useless_reviews_used_is_recorded() {
+    let app = start().await;
+    let levels = json!([{"level": 1, "handler": "orchestrator"}]);
+    let settings = json!({"escalationPolicy": {"levels": levels}, "orchestratorModel": "openai:decider",
+        "judgeModel": "openai:judge", "maxFixAttempts": 0, "maxAssessmentRetries": 0});
+    assert_eq!(answer(app.patch("/v1/config", settings)).await.0, 200);
+    app.upstream.answers(|request| {
+        let words = match request["model"].as_str() {
+            // It is asked about the question, then to rewrite the description.
+            Some("decider") => {
+                r#"{"question":false,"answer":"","description":"Do it again, and better this time."}"#
+            }
+            Some("judge") => "Hm.",
+            _ => "Is it good?",
+        };
+        Reply::Stream(said(words))
+    });
+    let expectations = json!([{"type": "llm_review", "criteria": "c"}]);
+    let id = app
+        .task("t", json!({"maxRetries": 0, "expectations": expectations}))
+        .await;
+    app.until(&id, "failed").await;
+    let mut database = PgConnection::connect(&app.database_url).await.unwrap();
+    let recorded: Vec<(String, i64)> = sqlx::query_as(
+        "select model, sum(prompt_tokens)::bigint from production.model_calls group by 1 order by 1",
+    )
+    .fetch_all(&mut database)
+    .await
+    .unwrap();
+    // Each request of the upstream is 11 tokens long.
+    let asked = |model: &str| {
+        let asked = app.upstream.asked();
+        let count = asked.iter().filter(|request| request["model"] == model);
+        11 * i64::try_from(count.count()).unwrap()
+    };
+    assert_eq!(
+        recorded,
+        [
+            ("openai:decider".to_owned(), asked("decider")),
+            ("openai:judge".to_owned(), asked("judge")),
+            ("openai:scripted".to_owned(), asked("scripted")),
+        ]
+    );
+    assert!(asked("decider") > 0 && asked("judge") > 0);
+}
