@@ -207,6 +207,18 @@ pub async fn reject(
     Ok(row)
 }
 
+/// Withdraws the requests of a task that ends or goes on without them. The task must be stored after this.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn withdraw(tx: &mut ProjectTx, task: &mut Task) -> Result<()> {
+    for id in tx.withdraw_approvals(task.id).await? {
+        let told = json!({"requestId": id, "status": "rejected", "resolvedBy": "engine"});
+        task.tell("approval:resolved", told);
+    }
+    Ok(())
+}
+
 /// Nobody answered in time. Nothing happens to a request that was answered meanwhile.
 ///
 /// # Errors

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use super::approve::request_approval;
+use super::approve::{request_approval, withdraw};
 use super::{NOW, Result, locked, save, settle};
 use crate::ids::{self, Id};
 use crate::store::{Job, Lease, ProjectDb, ProjectTx, StoreError};
@@ -338,7 +338,7 @@ pub(super) async fn end_abruptly(
     let before = task.document.result.take();
     let cause = (reason == EndReason::Error).then(|| sentence.to_owned());
     task.document.result = Some(TaskResult::without_answer(reason, sentence, cause, before));
-    tx.withdraw_approvals(task.id).await?;
+    withdraw(tx, task).await?;
     tx.stop_run(task.id);
     task.bypass(Bypass::Stopped);
     settle(tx, task).await?;

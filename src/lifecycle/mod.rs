@@ -19,7 +19,7 @@ mod create;
 mod finish;
 mod operate;
 
-pub use approve::{NotResolved, approve, expire, reject, request_approval};
+pub use approve::{NotResolved, approve, expire, reject, request_approval, withdraw};
 pub use create::{NewTask, create};
 pub use finish::{Aftermath, after_defect, after_failure, complete, escalate, stop_at_deadline};
 pub use operate::{

@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use super::approve::request_approval;
+use super::approve::{request_approval, withdraw};
 use super::create::taken;
 use super::finish::end_abruptly;
 use super::{LifecycleError, NOW, Result, locked, owe, renew_deadline, save};
@@ -140,7 +140,7 @@ async fn step(tx: &mut ProjectTx, db: &ProjectDb, task: &mut Task, to: Status) -
                 task.begin_again(Phase::Execution, None, "retry");
                 renew_deadline(tx, task).await?;
             }
-            tx.withdraw_approvals(task.id).await?;
+            withdraw(tx, task).await?;
             owe_if_ready(tx, task).await
         }
         Status::Failed => {
@@ -151,13 +151,13 @@ async fn step(tx: &mut ProjectTx, db: &ProjectDb, task: &mut Task, to: Status) -
         }
         Status::Done => {
             task.go(to)?;
-            tx.withdraw_approvals(task.id).await?;
+            withdraw(tx, task).await?;
             tx.stop_run(task.id);
             super::settle(tx, task).await
         }
         Status::Assigned => {
             task.go(to)?;
-            tx.withdraw_approvals(task.id).await?;
+            withdraw(tx, task).await?;
             owe(tx, task, NOW).await
         }
         Status::Draft | Status::AwaitingApproval | Status::InProgress | Status::Review => {

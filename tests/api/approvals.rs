@@ -264,6 +264,11 @@ async fn a_killed_task_waits_for_nobody() {
     answer(app.post(&format!("/v1/tasks/{id}/kill"), json!({}))).await;
     assert_eq!(decide(&app, &request, "approve", json!({})).await.0, 409);
     assert_eq!(app.read(&id).await["status"], "failed");
+    let (_, told) = app.events("approval:resolved").await.pop().unwrap();
+    assert_eq!(
+        (&told["requestId"], &told["resolvedBy"]),
+        (&request["id"], &json!("engine"))
+    );
     for deed in ["approve", "reject"] {
         let path = format!("/v1/approvals/apr_01a20e9a7fa5709989a9da919772fa8a/{deed}");
         assert_eq!(
