@@ -99,6 +99,9 @@ impl App {
         let db = Db::open(config.database_url()?, settings).map_err(|error| {
             ConfigError(format!("DATABASE_URL is not a Postgres URL: {error}."))
         })?;
+        if config.mute {
+            db.mute();
+        }
         let admin = config
             .admin_token()?
             .map(|token| sha256(token.expose_secret()));

@@ -108,6 +108,10 @@ pub struct Config {
     #[arg(long, hide = true, default_value_t = 60_000)]
     pub stall_ms: u64,
 
+    /// Whether nobody is woken by what this process commits, as if it had died right after. For tests.
+    #[arg(long, hide = true, default_value_t = false, action = clap::ArgAction::Set)]
+    pub mute: bool,
+
     /// How the log is written.
     #[arg(long, env = "POLPO_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,

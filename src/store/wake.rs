@@ -7,6 +7,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use sqlx::postgres::PgListener;
@@ -85,6 +86,8 @@ pub(super) struct Bell {
     followed: Mutex<HashMap<Uuid, Instant>>,
     outgoing: Mutex<HashSet<Topic>>,
     something: Notify,
+    /// Whether wake-ups are lost.
+    muted: AtomicBool,
     /// Tells this process' own notifications from others'.
     origin: String,
 }
@@ -98,6 +101,7 @@ impl Default for Bell {
             followed: Mutex::default(),
             outgoing: Mutex::default(),
             something: Notify::new(),
+            muted: AtomicBool::new(false),
             origin: Uuid::now_v7().simple().to_string(),
         }
     }
@@ -117,6 +121,9 @@ impl Bell {
 
     /// Wakes this process' waiters now and the others' in a moment.
     pub(super) fn ring(&self, topic: Topic) {
+        if self.muted.load(Ordering::Relaxed) {
+            return;
+        }
         self.ring_here(topic);
         self.outgoing.lock().expect(POISONED).insert(topic);
         self.something.notify_one();
@@ -185,6 +192,11 @@ impl Db {
     /// Wakes whoever waits for a topic, in every process.
     pub fn ring(&self, topic: Topic) {
         self.bell.ring(topic);
+    }
+
+    /// Loses all wake-ups from here on, as a process does that dies after its commits. For tests.
+    pub fn mute(&self) {
+        self.bell.muted.store(true, Ordering::Relaxed);
     }
 
     /// Whether someone has asked for a task's words lately.
