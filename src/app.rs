@@ -21,7 +21,7 @@ use crate::mission::Document;
 use crate::seal::{self, Seal, SealError, sha256};
 use crate::store::{
     AgentRow, Db, KeyRow, NewKey, PoolSettings, ProjectDb, Result as StoreResult, SealedSecret,
-    StoreError, World,
+    StoreError, Topic, World,
 };
 use crate::task::Settings;
 use crate::tools::Fetcher;
@@ -106,6 +106,9 @@ impl App {
         let db = Db::open(config.database_url()?, settings).map_err(|error| {
             ConfigError(format!("DATABASE_URL is not a Postgres URL: {error}."))
         })?;
+        if config.mute {
+            db.mute();
+        }
         let admin = config
             .admin_token()?
             .map(|token| sha256(token.expose_secret()));
@@ -145,7 +148,8 @@ impl App {
             Role::All | Role::Api => api::router(self.clone()),
             Role::Worker => api::health_router(self.clone()),
         };
-        let server = api::server::serve(listener, router, self.stopping.clone());
+        let stall = Duration::from_millis(self.config.stall_ms);
+        let server = api::server::serve(listener, router, stall, self.stopping.clone());
         let served = async {
             match role {
                 Role::Api => server.await,
@@ -183,6 +187,17 @@ impl App {
         self.db.close().await;
     }
 
+    /// Wakes who waits for a place that nobody has: whoever left it may have been lost before it could wake the next.
+    async fn wake_parked_jobs(&self) -> StoreResult<()> {
+        for world in World::ALL {
+            if self.db.wake_parked_jobs(world).await? > 0 {
+                self.db.ring(Topic::Jobs(world));
+            }
+            self.db.wake_resumed_projects(world).await?;
+        }
+        Ok(())
+    }
+
     /// Deletes events that are older than they are kept, and deliveries that ended so long ago.
     async fn prune_events(&self) -> StoreResult<()> {
         let kept = chrono::Duration::hours(i64::from(self.config.event_retention_hours));
@@ -206,6 +221,7 @@ impl App {
                     let done = async {
                         app.db.record_key_use().await?;
                         if role != Role::Api {
+                            app.wake_parked_jobs().await?;
                             app.db.prune_changes().await?;
                             app.prune_events().await?;
                         }

@@ -128,6 +128,14 @@ pub struct Config {
     #[arg(long, hide = true, default_value_t = 30_000)]
     pub heartbeat_ms: u64,
 
+    /// How long a client may take nothing of an answer before its connection is cut, in milliseconds. Fixed but for tests.
+    #[arg(long, hide = true, default_value_t = 60_000)]
+    pub stall_ms: u64,
+
+    /// Whether nobody is woken by what this process commits, as if it had died right after. For tests.
+    #[arg(long, hide = true, default_value_t = false, action = clap::ArgAction::Set)]
+    pub mute: bool,
+
     /// How the log is written.
     #[arg(long, env = "POLPO_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,

@@ -33,8 +33,6 @@ const KEPT: usize = 256;
 const PAGE: i64 = 500;
 /// A reader that is further behind than this is dropped.
 const BEHIND: i64 = 20_000;
-/// A reader that took nothing for so long is dropped when it does.
-const STALL: Duration = Duration::from_secs(60);
 /// How often a reader's key is looked at again; it is known without asking the database.
 const RECHECK: Duration = Duration::from_secs(1);
 /// The net under wake-ups.
@@ -74,8 +72,13 @@ pub struct Feeds(Mutex<HashMap<Stream, Weak<Feed>>>);
 const POISONED: &str = "nothing panics while it holds the feeds";
 
 impl Feeds {
-    /// Joins a project's feed; what is committed after this call is heard.
-    fn join(&self, app: &App, db: &ProjectDb) -> (Arc<Feed>, broadcast::Receiver<Arc<Frame>>) {
+    /// Joins a project's feed, whose first reader has seen all up to `after`; what is committed after this call is heard.
+    fn join(
+        &self,
+        app: &App,
+        db: &ProjectDb,
+        after: i64,
+    ) -> (Arc<Feed>, broadcast::Receiver<Arc<Frame>>) {
         let stream = Stream {
             world: db.world(),
             project: db.project(),
@@ -91,15 +94,14 @@ impl Feeds {
         let (sender, receiver) = broadcast::channel(KEPT);
         let feed = Arc::new(Feed(sender));
         feeds.insert(stream, Arc::downgrade(&feed));
-        tokio::spawn(fill(app.clone(), db.clone(), Arc::downgrade(&feed)));
+        tokio::spawn(fill(app.clone(), db.clone(), after, Arc::downgrade(&feed)));
         (feed, receiver)
     }
 }
 
 /// Reads new events into a feed for as long as it has readers.
-async fn fill(app: App, db: ProjectDb, feed: Weak<Feed>) {
+async fn fill(app: App, db: ProjectDb, mut last: i64, feed: Weak<Feed>) {
     let mut woken = app.db.wait(Topic::Events(db.world(), db.project()));
-    let mut last: Option<i64> = None;
     loop {
         match read_on(&db, &mut last, &feed).await {
             Ok(()) => {}
@@ -119,24 +121,18 @@ async fn fill(app: App, db: ProjectDb, feed: Weak<Feed>) {
     }
 }
 
-async fn read_on(db: &ProjectDb, last: &mut Option<i64>, feed: &Weak<Feed>) -> StoreResult<()> {
-    let mut after = match *last {
-        Some(last) => last,
-        None => db.event_range().await?.last,
-    };
-    *last = Some(after);
+async fn read_on(db: &ProjectDb, last: &mut i64, feed: &Weak<Feed>) -> StoreResult<()> {
     loop {
-        let rows = db.events_after(after, PAGE).await?;
+        let rows = db.events_after(*last, PAGE).await?;
         let Some(feed) = feed.upgrade() else {
             return Ok(());
         };
         let count = rows.len();
         for row in rows {
-            after = row.seq;
+            *last = row.seq;
             // Nobody listens at the moment: they read the log when they come.
             let _ = feed.0.send(Arc::new(row.into()));
         }
-        *last = Some(after);
         if i64::try_from(count).is_ok_and(|count| count < PAGE) {
             return Ok(());
         }
@@ -241,7 +237,8 @@ fn frames(
     async_stream::stream! {
         let heartbeat = Duration::from_millis(app.config.heartbeat_ms);
         let mut beat = Box::pin(tokio::time::sleep(heartbeat));
-        let mut given = Instant::now();
+        // A reader that takes nothing for longer is cut off; one that is nearly as slow is told so.
+        let patience = Duration::from_millis(app.config.stall_ms) / 2;
         let mut checked = Instant::now();
         // Something at once, so that the reader knows that it is heard.
         yield Ok(Bytes::from_static(b": connected\n\n"));
@@ -262,18 +259,22 @@ fn frames(
                 for row in rows {
                     after = row.seq;
                     if passes(&filter, &row.name) {
+                        let offered = Instant::now();
                         yield Ok(Frame::from(row).text);
+                        if offered.elapsed() > patience {
+                            yield Ok(farewell("too slow", after));
+                            return;
+                        }
                     }
                 }
                 match (caught_up, &joined) {
                     (true, Some(_)) => break,
-                    (true, None) => joined = Some(app.feeds.join(&app, &db)),
+                    (true, None) => joined = Some(app.feeds.join(&app, &db, after)),
                     (false, _) => {}
                 }
             }
             let Some((_feed, mut news)) = joined else { continue };
             loop {
-                given = std::cmp::max(given, Instant::now());
                 tokio::select! {
                     // A stream must not outlive its key.
                     () = tokio::time::sleep_until(checked + RECHECK), if presented.is_some() => {
@@ -292,12 +293,12 @@ fn frames(
                             }
                             after = frame.seq;
                             if passes(&filter, &frame.name) {
+                                let offered = Instant::now();
                                 yield Ok(frame.text.clone());
-                                if given.elapsed() > STALL {
+                                if offered.elapsed() > patience {
                                     yield Ok(farewell("too slow", after));
                                     return;
                                 }
-                                given = Instant::now();
                             }
                         }
                         Err(RecvError::Lagged(_)) => {
@@ -305,7 +306,7 @@ fn frames(
                                 Ok(range) => range.last - after,
                                 Err(_unreachable) => BEHIND + 1,
                             };
-                            if behind > BEHIND || given.elapsed() > STALL {
+                            if behind > BEHIND {
                                 yield Ok(farewell("too slow", after));
                                 return;
                             }

@@ -10,6 +10,7 @@ use chrono::Utc;
 use futures::Stream;
 use serde_json::{Value, json};
 
+use super::auth::Presented;
 use super::error::ApiError;
 use super::sse::event_stream;
 use crate::app::App;
@@ -19,6 +20,10 @@ use crate::task::{Status, Task};
 
 /// Listeners say this often that they are there.
 const PRESENCE: Duration = Duration::from_secs(5);
+/// A listener is known everywhere after so long.
+const SETTLED: Duration = Duration::from_millis(250);
+/// How often a listener's key is looked at again; it is known without asking the database.
+const RECHECK: Duration = Duration::from_secs(1);
 /// Steps that are read at once.
 const AT_ONCE: i64 = 200;
 
@@ -28,8 +33,13 @@ pub(super) fn announce(app: &App, task: Id<ids::Task>) {
 }
 
 /// The stream of a task's current run from its beginning, until the task ends or waits for a person.
-pub(super) fn stream(app: App, db: ProjectDb, task: Task) -> Response {
-    event_stream(Body::from_stream(words(app, db, task)))
+pub(super) fn stream(
+    app: App,
+    db: ProjectDb,
+    task: Task,
+    presented: Option<Presented>,
+) -> Response {
+    event_stream(Body::from_stream(words(app, db, task, presented)))
 }
 
 /// How much of a task's words was sent.
@@ -77,6 +87,16 @@ impl Cursor {
         }
     }
 
+    /// Begins with a run.
+    fn begin(&mut self, run: Option<Id<Run>>) {
+        let follows = self.follows || self.run.is_some();
+        *self = Self {
+            run,
+            follows,
+            ..Self::default()
+        };
+    }
+
     /// What is new in finished steps.
     pub(super) fn take(&mut self, steps: &[StepRow]) -> String {
         let mut new = String::new();
@@ -101,20 +121,28 @@ fn ends(task: &Task) -> bool {
         || (task.status() == Status::Pending && task.held)
 }
 
-fn words(app: App, db: ProjectDb, first: Task) -> impl Stream<Item = Result<Bytes, Infallible>> {
+fn words(
+    app: App,
+    db: ProjectDb,
+    first: Task,
+    presented: Option<Presented>,
+) -> impl Stream<Item = Result<Bytes, Infallible>> {
     async_stream::stream! {
         let id = first.id;
-        let mut changed = app.db.wait(Topic::Events(db.world(), db.project()));
         let mut said = app.db.wait(Topic::Words(id.uuid()));
         let mut cursor = Cursor::default();
         let mut presence = tokio::time::interval(PRESENCE);
+        // By now every process has heard of us, and what went before is seen.
+        let mut settled = Box::pin(tokio::time::sleep(SETTLED));
+        let mut known = false;
+        let mut recheck = tokio::time::interval(RECHECK);
         let mut silence = Box::pin(tokio::time::sleep(app.config.keep_alive()));
         yield Ok(chunk(&first, &json!({"role": "assistant", "content": ""}), None));
         loop {
             let (task, new) = match look(&db, id, &mut cursor).await {
                 Ok(seen) => seen,
                 Err(error) => {
-                    yield Ok(Bytes::from(format!("data: {}\n\ndata: [DONE]\n\n", error.stream_frame())));
+                    yield Ok(broken_off(&error));
                     return;
                 }
             };
@@ -127,23 +155,45 @@ fn words(app: App, db: ProjectDb, first: Task) -> impl Stream<Item = Result<Byte
                 yield Ok(Bytes::from_static(b"data: [DONE]\n\n"));
                 return;
             }
-            tokio::select! {
-                _ = changed.changed() => {}
-                _ = said.changed() => {}
-                _ = presence.tick() => announce(&app, id),
-                () = silence.as_mut() => {
-                    yield Ok(Bytes::from_static(b": keep-alive\n\n"));
-                    silence.as_mut().reset(tokio::time::Instant::now() + app.config.keep_alive());
-                }
-                // The task goes on elsewhere; the client comes back for the rest.
-                () = app.stop_turns.cancelled() => {
-                    let error = ApiError::Unavailable(anyhow::anyhow!("the server is stopping"));
-                    yield Ok(Bytes::from(format!("data: {}\n\ndata: [DONE]\n\n", error.stream_frame())));
-                    return;
+            loop {
+                tokio::select! {
+                    _ = said.changed() => break,
+                    _ = presence.tick() => {
+                        announce(&app, id);
+                        break;
+                    }
+                    () = settled.as_mut(), if !known => {
+                        known = true;
+                        break;
+                    }
+                    // A stream must not outlive its key.
+                    _ = recheck.tick(), if presented.is_some() => {
+                        if let Some(presented) = presented && presented.is_revoked(&app).await {
+                            yield Ok(broken_off(&ApiError::InvalidApiKey));
+                            return;
+                        }
+                    }
+                    () = silence.as_mut() => {
+                        yield Ok(Bytes::from_static(b": keep-alive\n\n"));
+                        silence.as_mut().reset(tokio::time::Instant::now() + app.config.keep_alive());
+                    }
+                    // The task goes on elsewhere; the client comes back for the rest.
+                    () = app.stop_turns.cancelled() => {
+                        yield Ok(broken_off(&ApiError::Unavailable(anyhow::anyhow!("the server is stopping"))));
+                        return;
+                    }
                 }
             }
         }
     }
+}
+
+/// The end of a stream that did not come to its end.
+fn broken_off(error: &ApiError) -> Bytes {
+    Bytes::from(format!(
+        "data: {}\n\ndata: [DONE]\n\n",
+        error.stream_frame()
+    ))
 }
 
 /// How the task stands, and what it has said since the last look.
@@ -158,17 +208,17 @@ async fn look(
         task => task?,
     };
     let mut new = String::new();
+    if cursor.run != task.run {
+        // The run before ended with words that were recorded when it was left.
+        if let Some(left) = cursor.run {
+            new += &finished(db, left, cursor).await?;
+        }
+        cursor.begin(task.run);
+    }
     let Some(run) = task.run else {
         return Ok((task, new));
     };
-    cursor.enter(run);
-    loop {
-        let steps = db.steps(run, cursor.step, AT_ONCE).await?;
-        new += &cursor.take(&steps);
-        if i64::try_from(steps.len()).is_ok_and(|count| count < AT_ONCE) {
-            break;
-        }
-    }
+    new += &finished(db, run, cursor).await?;
     if !ends(&task)
         && let Some((step, text)) = db.words(id, run).await?
         && step == cursor.step
@@ -176,6 +226,18 @@ async fn look(
         new += &cursor.new_in(&text);
     }
     Ok((task, new))
+}
+
+/// What is new in the finished steps of a run.
+async fn finished(db: &ProjectDb, run: Id<Run>, cursor: &mut Cursor) -> Result<String, ApiError> {
+    let mut new = String::new();
+    loop {
+        let steps = db.steps(run, cursor.step, AT_ONCE).await?;
+        new += &cursor.take(&steps);
+        if i64::try_from(steps.len()).is_ok_and(|count| count < AT_ONCE) {
+            return Ok(new);
+        }
+    }
 }
 
 fn chunk(task: &Task, delta: &Value, finish: Option<&str>) -> Bytes {

@@ -42,7 +42,10 @@ pub async fn update_settings(
             body.insert(setting.clone(), value.clone());
         }
     }
-    let settings = check(&body)?;
+    // What another version has stored is not this caller's fault.
+    let set = change.into_iter().filter(|(_, value)| !value.is_null());
+    check(&set.collect())?;
+    let settings = Settings::restored(&body);
     for (setting, model) in [
         ("defaultModel", &settings.default_model),
         ("judgeModel", &settings.judge_model),

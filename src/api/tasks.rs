@@ -1,13 +1,14 @@
 //! `/v1/tasks` (contract 2.6.6).
 
-use axum::extract::State;
+use axum::extract::{Extension, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, Datelike, Utc};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::agents::Removed;
+use super::auth::Presented;
 use super::error::{ApiError, ErrorBody};
 use super::extract::{Door, Json, Listed, MaybeJson, Page, Path, Query};
 use super::follow;
@@ -17,7 +18,7 @@ use crate::ids::{self, Id};
 use crate::lifecycle::{self, LifecycleError, NewTask, TaskChange};
 use crate::store::{StepKind, StoreError, TaskFilter};
 use crate::task::{
-    Document, Expectation, ExpectedOutcome, RetryPolicy, Status, Task, refuse_metrics,
+    Document, Expectation, ExpectedOutcome, LONGEST_TIME, RetryPolicy, Status, Task, refuse_metrics,
 };
 
 /// A new task. Other members (`notifications`, `user`, `loop`, `executionMode`, `sandbox`, `routing`) are kept as given.
@@ -56,6 +57,7 @@ pub struct CreateTask {
     /// How it changes hands when it fails.
     pub retry_policy: Option<RetryPolicy>,
     /// A label that it shares with others.
+    #[schema(max_length = 200)]
     pub group: Option<String>,
     /// Whether it is not to be worked on yet.
     pub draft: Option<bool>,
@@ -78,6 +80,14 @@ const KEPT: [&str; 6] = [
 ];
 /// The longest title, in characters.
 const TITLE: usize = 500;
+/// The longest name of an agent, a model or a group, in bytes.
+const NAME: usize = 200;
+/// The longest reason, in characters.
+const REASON: usize = 2_000;
+/// The most of a member that is a list or an object, in bytes of JSON.
+const MEMBER: usize = 32 * 1024;
+/// The most of a task, in bytes of JSON: every event of it shows all.
+const WHOLE: usize = 256 * 1024;
 /// The longest description, in bytes: every event of the task shows it.
 const DESCRIPTION: usize = 128 * 1024;
 
@@ -101,7 +111,7 @@ impl CreateTask {
                 .map_err(|error| list("expectedOutcomes", error))?;
         refuse_metrics(&self.metrics.unwrap_or_default())
             .map_err(|error| list("metrics", error))?;
-        let max_retries = retries(self.max_retries)?.unwrap_or(default_retries);
+        let max_retries = retries("maxRetries", self.max_retries)?.unwrap_or(default_retries);
         let depends_on = self.depends_on.unwrap_or_default();
         if depends_on.len() > 100 {
             return Err(ApiError::invalid(
@@ -111,7 +121,19 @@ impl CreateTask {
         }
         let mut extras = self.others;
         extras.retain(|key, value| KEPT.contains(&key.as_str()) && !value.is_null());
-        Ok(NewTask {
+        check_extras(&extras)?;
+        if let Some(expected) = &expected_outcomes {
+            check_size("expectedOutcomes", expected, MEMBER)?;
+        }
+        check_size("expectations", &expectations, MEMBER)?;
+        check_size("retryPolicy", &self.retry_policy, 1024)?;
+        check_length("group", self.group.as_deref(), NAME)?;
+        check_length("assignTo", Some(&assign_to), NAME)?;
+        for need in &depends_on {
+            check_length("dependsOn", Some(need), TITLE)?;
+        }
+        check_times(self.max_duration, self.deadline)?;
+        let new = NewTask {
             title,
             assign_to,
             group: self.group.filter(|group| !group.is_empty()),
@@ -130,8 +152,59 @@ impl CreateTask {
                 extras,
                 ..Document::default()
             },
-        })
+        };
+        check_size("description", &new.document, WHOLE)?;
+        Ok(new)
     }
+}
+
+fn check_length(param: &str, text: Option<&str>, most: usize) -> Result<(), ApiError> {
+    match text {
+        Some(text) if text.chars().count() > most => {
+            let sentence = format!("`{param}` must be at most {most} characters.");
+            Err(ApiError::invalid(param, sentence))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Whatever a task holds goes out again with each of its events.
+fn check_size(param: &str, value: &impl Serialize, most: usize) -> Result<(), ApiError> {
+    let size = serde_json::to_vec(value).map_or(usize::MAX, |text| text.len());
+    if size > most {
+        let sentence = format!("`{param}` is too long: {size} bytes, of {most} in all.");
+        return Err(ApiError::invalid(param, sentence));
+    }
+    Ok(())
+}
+
+fn check_extras(extras: &Map<String, Value>) -> Result<(), ApiError> {
+    for (member, value) in extras {
+        let fits = match member.as_str() {
+            "notifications" => value.is_object(),
+            _ => value.is_object() || value.is_string(),
+        };
+        if !fits {
+            let sentence = format!("`{member}` must be an object.");
+            return Err(ApiError::invalid(member, sentence));
+        }
+        check_size(member, value, MEMBER)?;
+    }
+    Ok(())
+}
+
+fn check_times(max_duration: Option<u64>, deadline: Option<DateTime<Utc>>) -> Result<(), ApiError> {
+    if max_duration > Some(LONGEST_TIME) {
+        let sentence = format!("`maxDuration` must be at most {LONGEST_TIME} milliseconds.");
+        return Err(ApiError::invalid("maxDuration", sentence));
+    }
+    if deadline.is_some_and(|deadline| !(1970..=9999).contains(&deadline.year())) {
+        return Err(ApiError::invalid(
+            "deadline",
+            "`deadline` must be between the years 1970 and 9999.",
+        ));
+    }
+    Ok(())
 }
 
 fn required(param: &str, value: Option<String>) -> Result<String, ApiError> {
@@ -148,12 +221,12 @@ fn check_description(description: &str) -> Result<(), ApiError> {
     Ok(())
 }
 
-fn retries(given: Option<u32>) -> Result<Option<u32>, ApiError> {
+fn retries(param: &str, given: Option<u32>) -> Result<Option<u32>, ApiError> {
     match given {
-        Some(retries) if retries > 100 => Err(ApiError::invalid(
-            "maxRetries",
-            "`maxRetries` must be from 0 to 100.",
-        )),
+        Some(retries) if retries > 100 => {
+            let sentence = format!("`{param}` must be from 0 to 100.");
+            Err(ApiError::invalid(param, sentence))
+        }
         given => Ok(given),
     }
 }
@@ -173,6 +246,7 @@ pub struct UpdateTask {
     #[schema(value_type = Option<Vec<Object>>)]
     pub expectations: Option<Value>,
     /// Another count of retries used.
+    #[schema(maximum = 100)]
     pub retries: Option<u32>,
     /// Another limit of retries.
     #[schema(maximum = 100)]
@@ -262,9 +336,19 @@ pub async fn list_tasks(
     Query(page): Query<Page>,
 ) -> Result<Response, ApiError> {
     let size = page.size()?;
+    let status = status_of(query.status.as_deref())?;
+    // Tasks have their agent by its name.
+    let agent = match query.assign_to.as_deref() {
+        Some(agent) => match db.agent(agent).await {
+            Ok(agent) => Some(agent.name.clone()),
+            Err(StoreError::NotFound) => Some(agent.to_owned()),
+            Err(error) => return Err(error.into()),
+        },
+        None => None,
+    };
     let filter = TaskFilter {
-        status: status_of(query.status.as_deref())?,
-        assign_to: query.assign_to.as_deref(),
+        status,
+        assign_to: agent.as_deref(),
         ..grouped(query.group.as_deref())
     };
     let tasks = db.tasks(filter, page.after()?, size).await?;
@@ -382,13 +466,15 @@ pub async fn update_task(
     if let Some(description) = &change.description {
         check_description(description)?;
     }
+    check_size("expectations", &expectations, MEMBER)?;
+    check_length("assignTo", change.assign_to.as_deref(), NAME)?;
     let change = TaskChange {
         description: filled("description", change.description)?,
         assign_to: filled("assignTo", change.assign_to)?,
         status: status_of(change.status.as_deref())?,
         expectations,
-        retries: change.retries,
-        max_retries: retries(change.max_retries)?,
+        retries: retries("retries", change.retries)?,
+        max_retries: retries("maxRetries", change.max_retries)?,
         side_effects: change.side_effects,
         priority: change.priority,
     };
@@ -432,6 +518,7 @@ pub async fn run_task(
     State(app): State<App>,
     Door(db): Door,
     Path(id): Path<String>,
+    presented: Option<Extension<Presented>>,
     MaybeJson(how): MaybeJson<RunTask>,
 ) -> Result<Response, ApiError> {
     let task = task_id(&id)?;
@@ -444,7 +531,8 @@ pub async fn run_task(
         .await
         .map_err(|error| refused(error, &id))?;
     if streams {
-        Ok(follow::stream(app, db, task))
+        let presented = presented.map(|Extension(presented)| presented);
+        Ok(follow::stream(app, db, task, presented))
     } else {
         Ok(Json(TaskView::from(task)).into_response())
     }
@@ -463,9 +551,10 @@ pub async fn execute_task(
     app: State<App>,
     door: Door,
     id: Path<String>,
+    presented: Option<Extension<Presented>>,
     how: MaybeJson<RunTask>,
 ) -> Result<Response, ApiError> {
-    run_task(app, door, id, how).await
+    run_task(app, door, id, presented, how).await
 }
 
 /// Pause a task: its run is stopped, and it waits until it is run again.
@@ -506,6 +595,7 @@ pub async fn kill_task(
     Path(id): Path<String>,
     MaybeJson(why): MaybeJson<StopTask>,
 ) -> Result<Json<Value>, ApiError> {
+    check_length("reason", why.reason.as_deref(), REASON)?;
     lifecycle::kill(&db, task_id(&id)?, why.reason.as_deref())
         .await
         .map_err(|error| refused(error, &id))?;
@@ -525,6 +615,7 @@ pub async fn force_fail_task(
     Path(id): Path<String>,
     MaybeJson(why): MaybeJson<StopTask>,
 ) -> Result<Json<Value>, ApiError> {
+    check_length("reason", why.reason.as_deref(), REASON)?;
     lifecycle::force_fail(&db, task_id(&id)?, why.reason.as_deref())
         .await
         .map_err(|error| refused(error, &id))?;

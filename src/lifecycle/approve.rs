@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::finish::give_up;
+use super::finish::{ESCALATION, fallback, give_up};
 use super::{LifecycleError, NOW, Result, locked, owe, save, settle};
 use crate::event::Event;
 use crate::ids::{Approval, Id};
@@ -108,6 +108,7 @@ async fn go_on(
     if task.status() != Status::AwaitingApproval {
         return save(tx, db, task).await;
     }
+    answer_escalation(tx, task, row, "approved").await?;
     task.document.passed_gates.push(row.gate_id.clone());
     if row.hook == Hook::TaskComplete.as_str() {
         task.go(Status::Done)?;
@@ -116,7 +117,11 @@ async fn go_on(
     }
     // Work whose judgement was held up is not done again; a blocked retry waits for its turn like any.
     let judged = row.hook.starts_with("assessment:");
-    if !judged {
+    if is_retry(row) {
+        let feedback = task.document.feedback.take();
+        let fallback = fallback(db, task).await?;
+        task.begin_retry(feedback, fallback)?;
+    } else if !judged {
         let feedback = task.document.feedback.take();
         let gates = std::mem::take(&mut task.document.passed_gates);
         task.begin_again(Phase::Execution, feedback, "retry");
@@ -130,6 +135,28 @@ async fn go_on(
     }
     owe(tx, task, NOW).await?;
     save(tx, db, task).await
+}
+
+/// Whether the request was for one of a task's retries.
+fn is_retry(row: &ApprovalRow) -> bool {
+    let by_gate = row.gate_id != ESCALATION && row.gate_id != Gate::side_effects().id;
+    row.hook == Hook::TaskRetry.as_str() && by_gate
+}
+
+/// A person has acted on a task that was escalated to them: no other level does.
+async fn answer_escalation(
+    tx: &mut ProjectTx,
+    task: &mut Task,
+    row: &ApprovalRow,
+    action: &str,
+) -> Result<()> {
+    if row.gate_id == ESCALATION {
+        tx.call_off(Job::Escalation(task.id)).await?;
+        let level = task.document.escalation_level;
+        let told = json!({"level": level, "action": action});
+        task.tell("escalation:resolved", told);
+    }
+    Ok(())
 }
 
 /// Says no, with what is to be done better.
@@ -165,6 +192,7 @@ pub async fn reject(
     let resolved = json!({"requestId": row.id, "status": "rejected", "resolvedBy": by});
     task.tell("approval:resolved", resolved);
     if task.status() == Status::AwaitingApproval {
+        answer_escalation(&mut tx, &mut task, &row, "rejected").await?;
         let description = format!(
             "{}\n\nFeedback from review: {feedback}",
             task.document.description
@@ -177,6 +205,18 @@ pub async fn reject(
     save(&mut tx, db, &mut task).await?;
     tx.commit().await?;
     Ok(row)
+}
+
+/// Withdraws the requests of a task that ends or goes on without them. The task must be stored after this.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn withdraw(tx: &mut ProjectTx, task: &mut Task) -> Result<()> {
+    for id in tx.withdraw_approvals(task.id).await? {
+        let told = json!({"requestId": id, "status": "rejected", "resolvedBy": "engine"});
+        task.tell("approval:resolved", told);
+    }
+    Ok(())
 }
 
 /// Nobody answered in time. Nothing happens to a request that was answered meanwhile.
@@ -200,7 +240,8 @@ pub async fn expire(tx: &mut ProjectTx, db: &ProjectDb, id: Id<Approval>) -> Res
     if row.timeout_action == "approve" {
         go_on(tx, db, &mut task, &row).await
     } else {
-        give_up(tx, db, &mut task).await.map(drop)
+        let cause = format!("Nobody answered the request \"{}\" in time.", row.gate_name);
+        give_up(tx, db, &mut task, cause).await.map(drop)
     }
 }
 

@@ -29,8 +29,8 @@ pub struct NewTask {
 /// [`LifecycleError::Invalid`] for an agent or a need that does not exist; [`LifecycleError::Conflict`] for a title that is taken.
 pub async fn create(db: &ProjectDb, new: NewTask) -> Result<Task> {
     let settings = db.settings().await?;
-    match db.agent(&new.assign_to).await {
-        Ok(_) => {}
+    let assign_to = match db.agent(&new.assign_to).await {
+        Ok(agent) => agent.name.clone(),
         Err(StoreError::NotFound) => {
             return Err(LifecycleError::Invalid {
                 param: "assignTo",
@@ -38,12 +38,12 @@ pub async fn create(db: &ProjectDb, new: NewTask) -> Result<Task> {
             });
         }
         Err(error) => return Err(error.into()),
-    }
+    };
     let mut tx = db.begin().await?;
-    let mut needs = Vec::new();
+    let mut ids = Vec::new();
     for name in &new.document.depends_on {
         match tx.find_need(name).await {
-            Ok(need) => needs.push(need),
+            Ok(need) => ids.push(need),
             Err(StoreError::NotFound) => {
                 return Err(LifecycleError::Invalid {
                     param: "dependsOn",
@@ -55,7 +55,12 @@ pub async fn create(db: &ProjectDb, new: NewTask) -> Result<Task> {
             Err(error) => return Err(error.into()),
         }
     }
-    let mut task = Task::new(new.title, new.assign_to, new.document, Utc::now());
+    let needs = if ids.is_empty() {
+        Vec::new()
+    } else {
+        tx.hold_needs(&ids).await?
+    };
+    let mut task = Task::new(new.title, assign_to, new.document, Utc::now());
     task.group = new.group;
     let mut gated = None;
     if !new.draft {
@@ -70,7 +75,6 @@ pub async fn create(db: &ProjectDb, new: NewTask) -> Result<Task> {
         task.take_events();
     }
     task.tell_created();
-    let ids: Vec<_> = needs.iter().map(|need| need.id).collect();
     tx.create_task(&mut task, &ids)
         .await
         .map_err(|error| taken(error, &task.title))?;
@@ -78,7 +82,10 @@ pub async fn create(db: &ProjectDb, new: NewTask) -> Result<Task> {
         request_approval(&mut tx, &mut task, &gate, Hook::TaskCreate).await?;
         tx.save_task(&mut task).await?;
     } else if task.status() == Status::Pending {
-        if needs.iter().any(|need| need.status == Some(Status::Failed)) {
+        if needs
+            .iter()
+            .any(|need| matches!(need.status, None | Some(Status::Failed)))
+        {
             tx.enqueue(Job::Blocked(task.id), 1.0, NOW).await?;
         } else if needs.iter().all(|need| need.status == Some(Status::Done)) {
             owe(&mut tx, &task, NOW).await?;

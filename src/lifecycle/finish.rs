@@ -4,13 +4,17 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use super::approve::request_approval;
-use super::{NOW, Result, save, settle};
+use super::approve::{request_approval, withdraw};
+use super::{NOW, Result, locked, save, settle};
+use crate::ids::{self, Id};
 use crate::store::{Job, Lease, ProjectDb, ProjectTx, StoreError};
 use crate::task::{
     Bypass, EndReason, Failure, Follow, Gate, Handler, Hook, Level, Phase, Settings, Status, Task,
     TaskResult, context,
 };
+
+/// The gate that a person's level of the escalation policy is (contract 2.6.4).
+pub(super) const ESCALATION: &str = "escalation";
 
 /// What becomes of the job after a deed of the engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -125,17 +129,39 @@ pub async fn after_failure(
                 task.document.feedback = Some(feedback);
                 return wait_for_person(tx, db, task, gate, Hook::TaskFail).await;
             }
-            give_up(tx, db, task).await
+            give_up(tx, db, task, feedback).await
         }
     }
 }
 
-/// The task fails, for good.
+/// The task fails, for good, and its result says why: an agent that has finished is not work that is good.
 pub(super) async fn give_up(
     tx: &mut ProjectTx,
     db: &ProjectDb,
     task: &mut Task,
+    cause: String,
 ) -> Result<Aftermath> {
+    match &mut task.document.result {
+        Some(result) if result.reason == EndReason::Finished => {
+            // A verdict says by itself that finished work is not good; and it may be judged again, as finished work.
+            match &result.assessment {
+                Some(verdict) if verdict["passed"] == false => {}
+                Some(_) => result.reason = EndReason::Error,
+                None => {
+                    result.reason = EndReason::Error;
+                    result.exit_code = 1;
+                }
+            }
+            result.stderr.clone_from(&cause);
+            result.cause = Some(cause);
+        }
+        Some(_) => {}
+        None => {
+            let result =
+                TaskResult::without_answer(EndReason::Error, &cause, Some(cause.clone()), None);
+            task.document.result = Some(result);
+        }
+    }
     task.give_up();
     settle(tx, task).await?;
     save(tx, db, task).await?;
@@ -143,7 +169,7 @@ pub(super) async fn give_up(
 }
 
 /// Who takes over an escalated attempt: whom the policy names, else whom the agent reports to, if they exist.
-async fn fallback(db: &ProjectDb, task: &Task) -> Result<Option<String>> {
+pub(super) async fn fallback(db: &ProjectDb, task: &Task) -> Result<Option<String>> {
     let policy = task.document.retry_policy.as_ref();
     let named = match policy.and_then(|policy| policy.fallback_agent.clone()) {
         Some(named) => Some(named),
@@ -158,15 +184,16 @@ async fn fallback(db: &ProjectDb, task: &Task) -> Result<Option<String>> {
         },
     };
     match named {
-        Some(name) if exists(db, &name).await? => Ok(Some(name)),
-        _ => Ok(None),
+        Some(named) => name_of(db, &named).await,
+        None => Ok(None),
     }
 }
 
-async fn exists(db: &ProjectDb, agent: &str) -> Result<bool> {
+/// The name of the agent with this name or id, if it exists.
+async fn name_of(db: &ProjectDb, agent: &str) -> Result<Option<String>> {
     match db.agent(agent).await {
-        Ok(_) => Ok(true),
-        Err(StoreError::NotFound) => Ok(false),
+        Ok(agent) => Ok(Some(agent.name.clone())),
+        Err(StoreError::NotFound) => Ok(None),
         Err(error) => Err(error.into()),
     }
 }
@@ -192,24 +219,23 @@ pub async fn escalate(
             let pause = Duration::from_millis(timeout);
             tx.enqueue(Job::Escalation(task.id), task.document.priority, pause)
                 .await?;
+        } else {
+            // The level before may have had a time, which is no longer of interest.
+            tx.call_off(Job::Escalation(task.id)).await?;
         }
         match level.handler {
             Handler::Agent => {
-                if let Some(target) = level.target.clone()
-                    && exists(db, &target).await?
+                if let Some(target) = &level.target
+                    && let Some(target) = name_of(db, target).await?
                 {
                     let feedback = task.document.feedback.take();
-                    let left = task.has_left_its_agent();
-                    task.bypass(Bypass::Escalated);
+                    hand_over(task);
                     task.begin_again(Phase::Execution, feedback, "retry");
-                    let before = std::mem::replace(&mut task.assign_to, target);
+                    task.assign_to = target;
                     task.tell(
                         "escalation:resolved",
                         json!({"level": level.level, "action": "reassigned"}),
                     );
-                    if !left && task.has_left_its_agent() {
-                        super::leave(tx, db, &before).await?;
-                    }
                     save(tx, db, task).await?;
                     return Ok(Aftermath::GoesOn);
                 }
@@ -217,7 +243,7 @@ pub async fn escalate(
             }
             Handler::Orchestrator => {
                 let feedback = task.document.feedback.take();
-                task.bypass(Bypass::Escalated);
+                hand_over(task);
                 task.begin_again(Phase::Execution, feedback, "retry");
                 task.document.fix_attempts = 0;
                 task.document.escalation_owed = true;
@@ -229,7 +255,7 @@ pub async fn escalate(
                 let payload = json!({"message": message, "channels": level.notify_channels});
                 task.tell("escalation:human", payload);
                 let gate = Gate {
-                    id: "escalation".to_owned(),
+                    id: ESCALATION.to_owned(),
                     name: "Escalation".to_owned(),
                     ..Gate::side_effects()
                 };
@@ -237,7 +263,16 @@ pub async fn escalate(
             }
         }
     }
-    give_up(tx, db, task).await
+    let cause = task.document.feedback.take();
+    let cause = cause.unwrap_or_else(|| "Nobody that it was escalated to could help.".to_owned());
+    give_up(tx, db, task, cause).await
+}
+
+/// Makes an escalated task wait for its turn with whoever has it now; one that waits already has not moved.
+fn hand_over(task: &mut Task) {
+    if task.status() != Status::Pending {
+        task.bypass(Bypass::Escalated);
+    }
 }
 
 /// The deadline has passed and the project wants such tasks failed.
@@ -255,6 +290,39 @@ pub async fn stop_at_deadline(tx: &mut ProjectTx, db: &ProjectDb, task: &mut Tas
     .await
 }
 
+/// Defects in a row that a task is tried again after.
+const MOST_DEFECTS: u32 = 5;
+
+/// Something of ours broke while the engine was at a task: it is tried again after a pause, and ends when that does
+/// not help. A task that can never go on is not to be gone on with for ever.
+///
+/// # Errors
+/// When the database refuses, or the task cannot be read.
+pub async fn after_defect(
+    tx: &mut ProjectTx,
+    db: &ProjectDb,
+    lease: &Lease,
+    id: Id<ids::Task>,
+    pause: impl FnOnce(u32) -> Duration,
+) -> Result<()> {
+    let mut task = locked(tx, id).await?;
+    tx.extend(lease).await?;
+    task.document.defects += 1;
+    let defects = task.document.defects;
+    if defects < MOST_DEFECTS {
+        tx.put_off(lease, pause(defects)).await?;
+        return save(tx, db, &mut task).await;
+    }
+    tx.complete(lease).await?;
+    if task.status().is_terminal() {
+        return save(tx, db, &mut task).await;
+    }
+    let sentence = format!(
+        "The server failed at it {defects} times in a row, through no fault of the task: its log says more."
+    );
+    end_abruptly(tx, db, &mut task, EndReason::Error, &sentence).await
+}
+
 /// Ends a task from outside its run: whoever runs it stops, and nothing of the run counts any more.
 pub(super) async fn end_abruptly(
     tx: &mut ProjectTx,
@@ -268,8 +336,9 @@ pub(super) async fn end_abruptly(
             .await?;
     }
     let before = task.document.result.take();
-    task.document.result = Some(TaskResult::without_answer(reason, sentence, None, before));
-    tx.withdraw_approvals(task.id).await?;
+    let cause = (reason == EndReason::Error).then(|| sentence.to_owned());
+    task.document.result = Some(TaskResult::without_answer(reason, sentence, cause, before));
+    withdraw(tx, task).await?;
     tx.stop_run(task.id);
     task.bypass(Bypass::Stopped);
     settle(tx, task).await?;

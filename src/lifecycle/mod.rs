@@ -21,9 +21,9 @@ pub mod mission;
 mod operate;
 pub mod schedule;
 
-pub use approve::{NotResolved, approve, expire, reject, request_approval};
+pub use approve::{NotResolved, approve, expire, reject, request_approval, withdraw};
 pub use create::{NewTask, create};
-pub use finish::{Aftermath, after_failure, complete, escalate, stop_at_deadline};
+pub use finish::{Aftermath, after_defect, after_failure, complete, escalate, stop_at_deadline};
 pub use operate::{
     TaskChange, delete, delete_all, force_fail, kill, pause, queue, reassess, retry, run, update,
 };
@@ -65,22 +65,26 @@ pub type Result<T> = std::result::Result<T, LifecycleError>;
 /// How long a job waits that is due at once.
 const NOW: Duration = Duration::ZERO;
 
-/// Stores a task, has its mission follow, and frees its agent's place if it has left it.
+/// Stores a task, has its mission follow, and lets someone else have the place that it has left, or that it may have been
+/// woken for.
 ///
 /// # Errors
 /// When the database refuses; constraint `tasks_title_key`.
 pub async fn save(tx: &mut ProjectTx, db: &ProjectDb, task: &mut Task) -> Result<()> {
-    let left = task.has_left_its_agent();
+    let left = task.left_agent().map(str::to_owned);
     tx.save_task(task).await?;
     mission::follow(tx, db, task).await?;
-    if left {
-        leave(tx, db, &task.assign_to).await?;
+    if let Some(agent) = left {
+        leave(tx, db, &agent).await?;
     }
     Ok(())
 }
 
 /// One place of an agent and of the project is free. Only where there are limits does anyone wait for it.
-async fn leave(tx: &mut ProjectTx, db: &ProjectDb, agent: &str) -> Result<()> {
+///
+/// # Errors
+/// When the database refuses.
+pub async fn leave(tx: &mut ProjectTx, db: &ProjectDb, agent: &str) -> Result<()> {
     let limited = match db.agent(agent).await {
         Ok(agent) => agent.definition.contains_key("maxConcurrency"),
         Err(StoreError::NotFound) => true,
@@ -146,6 +150,20 @@ fn next_look(task: &Task, now: DateTime<Utc>) -> Option<Duration> {
     } else {
         Some(until(warning.min(deadline), now))
     }
+}
+
+/// Watches a task's deadline again that was no longer of interest: it has failed, and is tried again.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn renew_deadline(tx: &mut ProjectTx, task: &mut Task) -> Result<()> {
+    let now = Utc::now();
+    let deadline = task.document.deadline;
+    task.document.sla_violated = deadline.is_some_and(|deadline| deadline < now);
+    if let Some(pause) = next_look(task, now) {
+        tx.enqueue(Job::Deadline(task.id), 1.0, pause).await?;
+    }
+    Ok(())
 }
 
 async fn locked(tx: &mut ProjectTx, id: Id<ids::Task>) -> Result<Task> {

@@ -1,14 +1,15 @@
 //! What people do to a task that exists (contract 2.6.6).
 
-use chrono::Utc;
+use serde_json::json;
 
+use super::approve::{request_approval, withdraw};
 use super::create::taken;
 use super::finish::end_abruptly;
-use super::{LifecycleError, NOW, Result, locked, next_look, owe, save};
+use super::{LifecycleError, NOW, Result, locked, owe, renew_deadline, save};
 use crate::event::Event;
 use crate::ids::{self, Id};
 use crate::store::{Job, ProjectDb, ProjectTx, StoreError, TaskFilter};
-use crate::task::{Bypass, EndReason, Expectation, Phase, Status, Task};
+use crate::task::{Bypass, EndReason, Expectation, Gate, Hook, Phase, Status, Task, context};
 
 /// A change to a task; `None` leaves a field as it is.
 #[derive(Debug, Default)]
@@ -68,9 +69,10 @@ async fn owe_if_ready(tx: &mut ProjectTx, task: &Task) -> Result<()> {
 pub async fn update(db: &ProjectDb, id: Id<ids::Task>, change: TaskChange) -> Result<Task> {
     let mut tx = db.begin().await?;
     let mut task = locked(&mut tx, id).await?;
+    let requeues = change.assign_to.is_some() || change.priority.is_some();
     if let Some(agent) = change.assign_to {
-        match db.agent(&agent).await {
-            Ok(_) => {}
+        let agent = match db.agent(&agent).await {
+            Ok(agent) => agent.name.clone(),
             Err(StoreError::NotFound) => {
                 return Err(LifecycleError::Invalid {
                     param: "assignTo",
@@ -78,7 +80,7 @@ pub async fn update(db: &ProjectDb, id: Id<ids::Task>, change: TaskChange) -> Re
                 });
             }
             Err(error) => return Err(error.into()),
-        }
+        };
         if task.status().is_active() && agent != task.assign_to {
             return Err(wrong_state(
                 &task,
@@ -119,6 +121,9 @@ pub async fn update(db: &ProjectDb, id: Id<ids::Task>, change: TaskChange) -> Re
     if let Some(status) = change.status.filter(|status| *status != task.status()) {
         step(&mut tx, db, &mut task, status).await?;
     }
+    if requeues {
+        tx.requeue_task(task.id, task.document.priority).await?;
+    }
     task.tell_updated();
     let title = task.title.clone();
     match save(&mut tx, db, &mut task).await {
@@ -134,12 +139,15 @@ async fn step(tx: &mut ProjectTx, db: &ProjectDb, task: &mut Task, to: Status) -
     let from = task.status();
     match to {
         Status::Pending => {
-            let retried = from == Status::Failed;
-            task.go(to)?;
-            if retried {
-                task.begin_again(Phase::Execution, None, "retry");
+            if from == Status::Draft {
+                return submit(tx, db, task).await;
             }
-            tx.withdraw_approvals(task.id).await?;
+            task.go(to)?;
+            if from == Status::Failed {
+                task.begin_again(Phase::Execution, None, "retry");
+                renew_deadline(tx, task).await?;
+            }
+            withdraw(tx, task).await?;
             owe_if_ready(tx, task).await
         }
         Status::Failed => {
@@ -150,13 +158,13 @@ async fn step(tx: &mut ProjectTx, db: &ProjectDb, task: &mut Task, to: Status) -
         }
         Status::Done => {
             task.go(to)?;
-            tx.withdraw_approvals(task.id).await?;
+            withdraw(tx, task).await?;
             tx.stop_run(task.id);
             super::settle(tx, task).await
         }
         Status::Assigned => {
             task.go(to)?;
-            tx.withdraw_approvals(task.id).await?;
+            withdraw(tx, task).await?;
             owe(tx, task, NOW).await
         }
         Status::Draft | Status::AwaitingApproval | Status::InProgress | Status::Review => {
@@ -177,11 +185,26 @@ pub async fn queue(db: &ProjectDb, id: Id<ids::Task>) -> Result<Task> {
     if task.status() != Status::Draft {
         return Err(wrong_state(&task, "queued; only a draft can"));
     }
-    task.go(Status::Pending)?;
-    owe_if_ready(&mut tx, &task).await?;
+    submit(&mut tx, db, &mut task).await?;
     save(&mut tx, db, &mut task).await?;
     tx.commit().await?;
     Ok(task)
+}
+
+/// The one way from a draft to a task that waits for its turn: past the gate before its creation, as if it were new.
+async fn submit(tx: &mut ProjectTx, db: &ProjectDb, task: &mut Task) -> Result<()> {
+    let settings = db.settings().await?;
+    let seen = context(task, Hook::TaskCreate, &json!({}));
+    match Gate::closed(&settings.approval_gates, Hook::TaskCreate, task, &seen) {
+        Some(gate) => {
+            task.bypass(Bypass::GatedAtCreation);
+            request_approval(tx, task, gate, Hook::TaskCreate).await
+        }
+        None => {
+            task.go(Status::Pending)?;
+            owe_if_ready(tx, task).await
+        }
+    }
 }
 
 /// Has a task run: a draft is queued, a paused one goes on, one under way is left alone.
@@ -302,13 +325,7 @@ pub(super) async fn begin_retry_by_hand(tx: &mut ProjectTx, task: &mut Task) -> 
     task.document.fix_attempts = 0;
     task.document.escalation_level = None;
     task.begin_again(Phase::Execution, None, "retry");
-    task.document.sla_violated = task
-        .document
-        .deadline
-        .is_some_and(|deadline| deadline < Utc::now());
-    if let Some(pause) = next_look(task, Utc::now()) {
-        tx.enqueue(Job::Deadline(task.id), 1.0, pause).await?;
-    }
+    renew_deadline(tx, task).await?;
     owe_if_ready(tx, task).await
 }
 
@@ -368,10 +385,7 @@ async fn remove(
     let mut tx = db.begin().await?;
     let gone = tx.delete_tasks(filter, only).await?;
     for task in &gone {
-        tx.emit(Event::new(
-            "task:removed",
-            serde_json::json!({"taskId": task.id}),
-        ));
+        tx.emit(Event::new("task:removed", json!({"taskId": task.id})));
     }
     super::mission::tasks_removed(&mut tx, db, &gone).await?;
     if !gone.is_empty() {

@@ -15,9 +15,6 @@ use crate::mission::{
 };
 use crate::store::{Job, Lease, ProjectDb, ProjectTx, ScheduleRow, StoreError, until};
 
-/// Timers go before tasks: they take no time.
-const URGENT: f64 = 1e9;
-
 /// A schedule to be set.
 #[derive(Debug, Clone)]
 pub struct NewSchedule {
@@ -129,7 +126,7 @@ async fn plan(
     tx.save_schedule(schedule).await?;
     match schedule.next_run_at {
         Some(next) => {
-            tx.enqueue(Job::Schedule(schedule.id), URGENT, until(next, now))
+            tx.enqueue(Job::Schedule(schedule.id), 1.0, until(next, now))
                 .await?;
         }
         None => tx.call_off(Job::Schedule(schedule.id)).await?,

@@ -162,24 +162,26 @@ impl ProjectTx {
         .await?)
     }
 
-    /// Withdraws the requests of a task that ended or went on without them.
+    /// Withdraws the requests of a task that ended or went on without them, and returns which.
     ///
     /// # Errors
     /// When the database refuses.
-    pub async fn withdraw_approvals(&mut self, task: Id<ids::Task>) -> Result<()> {
-        sqlx::query!(
+    pub async fn withdraw_approvals(&mut self, task: Id<ids::Task>) -> Result<Vec<Id<Approval>>> {
+        let gone = sqlx::query_scalar!(
             "with gone as (
                 update approvals
                 set status = 'rejected', resolved_at = clock_timestamp(), resolved_by = 'engine', note = 'The task went on without it.'
                 where project_id = $1 and task_id = $2 and status = 'pending'
                 returning id
+            ), called_off as (
+                delete from jobs using gone where jobs.project_id = $1 and jobs.kind = 'approval' and jobs.subject = gone.id
             )
-            delete from jobs using gone where jobs.project_id = $1 and jobs.kind = 'approval' and jobs.subject = gone.id",
+            select id from gone",
             self.db.project,
             task.uuid()
         )
-        .execute(&mut *self.tx)
+        .fetch_all(&mut *self.tx)
         .await?;
-        Ok(())
+        Ok(gone.into_iter().map(Id::from).collect())
     }
 }

@@ -12,7 +12,7 @@ use sqlx::PgConnection;
 use uuid::Uuid;
 
 use super::{Db, ProjectDb, ProjectTx, Result, StoreError, Topic, World, to_micros};
-use crate::ids::{Approval, Barrier, Id, Mission, Schedule, Task, Webhook};
+use crate::ids::{Approval, Barrier, Id, Mission, Run, Schedule, Task, Webhook};
 
 /// How long a claimer that says nothing keeps a job (design 0.1, Leases).
 pub const LEASE: Duration = Duration::from_secs(10);
@@ -49,13 +49,19 @@ pub enum Lane {
     Engine,
     /// Deliveries to receivers, which may be slow or dead.
     Couriers,
+    /// What is due at a time of its own and takes none: deadlines, delays, schedules.
+    Timers,
 }
 
 impl Lane {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Engine, Self::Couriers, Self::Timers];
+
     fn number(self) -> i16 {
         match self {
             Self::Engine => 0,
             Self::Couriers => 1,
+            Self::Timers => 2,
         }
     }
 
@@ -64,11 +70,20 @@ impl Lane {
         match self {
             Self::Engine => Topic::Jobs(world),
             Self::Couriers => Topic::Couriers(world),
+            Self::Timers => Topic::Timers(world),
         }
     }
 }
 
+/// What a suspended project's jobs are parked on; no agent's name.
+pub const SUSPENDED: &str = "/suspended";
+
 impl Job {
+    /// The id of what it is about: of a task, or of an approval.
+    pub fn subject(self) -> Uuid {
+        self.columns().1
+    }
+
     pub(super) fn columns(self) -> (&'static str, Uuid) {
         match self {
             Self::Task(task) => ("task", task.uuid()),
@@ -87,7 +102,13 @@ impl Job {
     fn lane(self) -> Lane {
         match self {
             Self::Webhook(_) => Lane::Couriers,
-            _ => Lane::Engine,
+            Self::Deadline(_)
+            | Self::Escalation(_)
+            | Self::Approval(_)
+            | Self::Delay(_)
+            | Self::MissionDeadline(_)
+            | Self::Schedule(_) => Lane::Timers,
+            Self::Task(_) | Self::Blocked(_) | Self::Reassess(_) => Lane::Engine,
         }
     }
 
@@ -131,6 +152,8 @@ impl Lease {
 pub struct Claimed {
     /// The jobs.
     pub leases: Vec<Lease>,
+    /// How many projects shared the places; some of them may have got none because another process was quicker.
+    pub projects: usize,
     /// Where the next claim goes on, so that projects take turns.
     pub cursor: Uuid,
 }
@@ -209,6 +232,69 @@ impl Db {
         Ok(freed.rows_affected())
     }
 
+    /// Makes ready as many of the parked jobs as there are free places: the net under those who leave and wake the next.
+    /// Says how many there were.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn wake_parked_jobs(&self, world: World) -> Result<u64> {
+        let woken = sqlx::query!(
+            "with waiting as (
+                select distinct project_id, parked_on from jobs where parked_on is not null and parked_on <> $1 and parked_on not like 'mission:%'
+            ), free as (
+                select w.project_id, w.parked_on,
+                    coalesce(case
+                        when w.parked_on = '' then (
+                            select (body ->> 'maxConcurrency')::numeric::bigint from settings
+                            where project_id = w.project_id)
+                        else (
+                            select (definition ->> 'maxConcurrency')::numeric::bigint from agents
+                            where project_id = w.project_id and name = w.parked_on)
+                    end, 1000) - (
+                        select count(*) from tasks
+                        where project_id = w.project_id and status in ('assigned', 'in_progress', 'review')
+                          and (w.parked_on = '' or assign_to = w.parked_on)
+                    ) as places
+                from waiting w
+            ), woken as (
+                select j.project_id, j.kind, j.subject
+                from free cross join lateral (
+                    select project_id, kind, subject from jobs
+                    where project_id = free.project_id and parked_on = free.parked_on
+                    order by priority desc, created_at
+                    limit greatest(0, free.places)
+                    for update skip locked
+                ) j
+            )
+            update jobs set ready = true, due_at = clock_timestamp(), parked_on = null
+            from woken
+            where jobs.project_id = woken.project_id and jobs.kind = woken.kind and jobs.subject = woken.subject",
+            SUSPENDED
+        )
+        .execute(self.world(world))
+        .await?;
+        Ok(woken.rows_affected())
+    }
+
+    /// Wakes the jobs of projects that are active again.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn wake_resumed_projects(&self, world: World) -> Result<()> {
+        let resting = sqlx::query_scalar!(
+            "select distinct project_id from jobs where parked_on = $1",
+            SUSPENDED
+        )
+        .fetch_all(self.world(world))
+        .await?;
+        for project in resting {
+            if !self.is_suspended(project).await? {
+                self.project(project, world).wake_resumed().await?;
+            }
+        }
+        Ok(())
+    }
+
     /// Claims up to `most` ready jobs of a lane. Projects take turns: the claim goes round all that have some, from
     /// `cursor` on, and takes as many of each as there is room for; within a project the highest priority
     /// goes first, then the oldest.
@@ -250,7 +336,7 @@ impl Db {
                 due_at = clock_timestamp() + make_interval(secs => $4::double precision)
             from picked
             where jobs.project_id = picked.project_id and jobs.kind = picked.kind and jobs.subject = picked.subject
-            returning jobs.project_id, jobs.kind, jobs.subject, jobs.lease"#,
+            returning jobs.project_id, jobs.kind, jobs.subject, jobs.lease, (select count(*) from turn) as "projects!""#,
             cursor,
             most,
             holder.0,
@@ -264,6 +350,7 @@ impl Db {
             .map(|row| row.project_id)
             .max()
             .unwrap_or_default();
+        let projects = rows.first().map_or(0, |row| row.projects);
         let leases = rows
             .into_iter()
             .filter_map(|row| {
@@ -274,7 +361,11 @@ impl Db {
                 })
             })
             .collect();
-        Ok(Claimed { leases, cursor })
+        Ok(Claimed {
+            leases,
+            projects: usize::try_from(projects).unwrap_or_default(),
+            cursor,
+        })
     }
 
     /// Extends a process' leases and returns those of the given ones that it still has.
@@ -343,6 +434,7 @@ impl ProjectTx {
         match lane {
             Lane::Engine => self.rings_jobs = true,
             Lane::Couriers => self.rings_couriers = true,
+            Lane::Timers => self.rings_timers = true,
         }
     }
 
@@ -444,14 +536,40 @@ impl ProjectTx {
         held(done.rows_affected())
     }
 
-    /// Everyone who waits for a place looks again.
+    /// Gives a task's job another priority; if it waits for a place, which may be another's now, it looks again.
+    ///
+    /// # Errors
+    /// When the database refuses.
+    pub async fn requeue_task(&mut self, task: Id<Task>, priority: f64) -> Result<()> {
+        let woken = sqlx::query!(
+            "update jobs
+            set priority = $3, ready = ready or parked_on is not null, parked_on = null,
+                due_at = case when parked_on is null then due_at else clock_timestamp() end
+            where project_id = $1 and kind = 'task' and subject = $2",
+            self.db.project,
+            task.uuid(),
+            priority
+        )
+        .execute(&mut *self.tx)
+        .await?;
+        self.rings_jobs |= woken.rows_affected() > 0;
+        Ok(())
+    }
+
+    /// Everyone who waits for a place looks again. Whom someone else is waking or calling off is left to them: to wait
+    /// for it would be to wait in a circle.
     ///
     /// # Errors
     /// When the database refuses.
     pub async fn unpark_all(&mut self) -> Result<()> {
         let woken = sqlx::query!(
             "update jobs set ready = true, due_at = clock_timestamp(), parked_on = null
-            where project_id = $1 and parked_on is not null",
+            from (
+                select kind, subject from jobs
+                where project_id = $1 and parked_on is not null
+                for update skip locked
+            ) waiting
+            where jobs.project_id = $1 and jobs.kind = waiting.kind and jobs.subject = waiting.subject",
             self.db.project
         )
         .execute(&mut *self.tx)
@@ -460,7 +578,8 @@ impl ProjectTx {
         Ok(())
     }
 
-    /// A place of `whose` is free: the first of those that wait for one is ready.
+    /// A place of `whose` is free: the first of those that wait for one is ready, but for those that someone else is
+    /// waking or calling off.
     ///
     /// # Errors
     /// When the database refuses.
@@ -472,7 +591,7 @@ impl ProjectTx {
                 where project_id = $1 and parked_on = $2
                 order by priority desc, created_at
                 limit $3
-                for update
+                for update skip locked
             ) first
             where jobs.project_id = $1 and jobs.kind = first.kind and jobs.subject = first.subject",
             self.db.project,
@@ -487,14 +606,30 @@ impl ProjectTx {
 }
 
 impl ProjectDb {
-    /// Gives a job back unfinished, to be claimed at once by another process.
+    /// Has the jobs of the project go on that rested while it was suspended.
+    ///
+    /// # Errors
+    /// When the database refuses.
+    pub async fn wake_resumed(&self) -> Result<()> {
+        let mut tx = self.begin().await?;
+        tx.unpark(SUSPENDED, i64::MAX).await?;
+        tx.commit().await
+    }
+
+    /// Gives a job back unfinished, to be claimed at once by another process. `between_steps` is the run whose next tool call
+    /// is on record and has not begun: whoever goes on with it need not fear that it was made.
     ///
     /// # Errors
     /// When the database cannot be reached; then the lease runs out.
-    pub async fn hand_over(&self, lease: &Lease) -> Result<()> {
+    pub async fn hand_over(&self, lease: &Lease, between_steps: Option<Id<Run>>) -> Result<()> {
         let mut tx = self.begin().await?;
         match tx.put_off(lease, Duration::ZERO).await {
-            Ok(()) => tx.commit().await,
+            Ok(()) => {
+                if let Some(run) = between_steps {
+                    tx.nothing_under_way(run).await?;
+                }
+                tx.commit().await
+            }
             Err(StoreError::LeaseLost) => Ok(()),
             Err(error) => Err(error),
         }

@@ -48,7 +48,7 @@ pub use deliveries::{
     AttemptRow, DeliveryFilter, DeliveryRow, Health, NewAttempt, NewDelivery, Route,
 };
 pub use events::{EventRange, EventRow, HeardRow, Stream};
-pub use jobs::{Claimed, Holder, Job, LEASE, Lane, Lease, Standing, until};
+pub use jobs::{Claimed, Holder, Job, LEASE, Lane, Lease, SUSPENDED, Standing, until};
 pub use keys::{KeyHash, KeyRow, NewKey};
 pub use memories::{MEMORY_LIMIT, Memories, MemoryOwner};
 pub use migrate::{MigrationError, MigrationState, migrate, migration_state, reach};
@@ -272,9 +272,11 @@ impl ProjectDb {
             db: self.clone(),
             events: Vec::new(),
             stops: Vec::new(),
+            changed: Vec::new(),
             tells: false,
             rings_jobs: false,
             rings_couriers: false,
+            rings_timers: false,
             changes: false,
         })
     }
@@ -289,12 +291,16 @@ pub struct ProjectTx {
     events: Vec<Event>,
     /// Tasks whose runs are to stop.
     stops: Vec<Uuid>,
+    /// Tasks that have changed, for those who follow one.
+    changed: Vec<Uuid>,
     /// Whether events were stored.
     tells: bool,
     /// Whether there is work that was not there before.
     rings_jobs: bool,
     /// The same of couriers.
     rings_couriers: bool,
+    /// Whether there are timers that were not there before.
+    rings_timers: bool,
     /// Whether warm entries are out of date.
     changes: bool,
 }
@@ -316,12 +322,16 @@ impl ProjectTx {
         }
         self.append_events().await?;
         let topics: Vec<Topic> = self.topics().collect();
+        let changed = std::mem::take(&mut self.changed);
         self.tx.commit().await?;
         if self.changes {
             self.db.warm.forget(self.db.project);
         }
         for topic in topics {
             self.db.bell.ring(topic);
+        }
+        for task in changed {
+            self.db.bell.ring_if_followed(task);
         }
         Ok(())
     }

@@ -148,7 +148,31 @@ impl Db {
         .fetch_one(&self.platform)
         .await?;
         self.warm.forget(id);
+        if status == Some(ProjectStatus::Active) {
+            for world in World::ALL {
+                self.project(id, world).wake_resumed().await?;
+            }
+        }
         Ok(row)
+    }
+
+    /// Whether a project's work rests: it is suspended, or gone. No round trip on a warm path.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn is_suspended(&self, project: Uuid) -> Result<bool> {
+        if let Some(suspended) = self.warm.suspended(project) {
+            return Ok(suspended);
+        }
+        let generation = self.warm.generation();
+        let active = sqlx::query_scalar!(
+            r#"select exists (select from projects where id = $1 and status = 'active') as "active!""#,
+            project
+        )
+        .fetch_one(&self.platform)
+        .await?;
+        self.warm.keep_suspended(generation, project, !active);
+        Ok(!active)
     }
 
     /// Removes a project and everything of it. Its keys are refused from the first step on.

@@ -199,6 +199,38 @@ impl ProjectDb {
         Ok(())
     }
 
+    /// Records what a call used that is no step: it is put down to the last run of the task that it was about, with a
+    /// number below those of steps. A task that never ran has nothing to put it down to.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn record_call(&self, task: Id<ids::Task>, usage: &CallUsage) -> Result<()> {
+        let tokens = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
+        sqlx::query!(
+            "with last as (
+                select id from runs where project_id = $1 and task_id = $2 order by id desc limit 1 for no key update
+            )
+            insert into model_calls (project_id, run_id, number, id, model, prompt_tokens, completion_tokens,
+                                     cached_tokens, reasoning_tokens, estimated)
+            select $1, last.id, (
+                select coalesce(min(number), 0) from model_calls where project_id = $1 and run_id = last.id and number < 0
+            ) - 1, $3, $4, $5, $6, $7, $8, $9
+            from last",
+            self.project,
+            task.uuid(),
+            Uuid::now_v7(),
+            usage.model,
+            tokens(usage.prompt_tokens),
+            tokens(usage.completion_tokens),
+            tokens(usage.cached_tokens),
+            tokens(usage.reasoning_tokens),
+            usage.estimated
+        )
+        .execute(&self.pool)
+        .await?;
+        Ok(())
+    }
+
     /// A run.
     ///
     /// # Errors
@@ -453,6 +485,21 @@ impl ProjectTx {
             self.db.project,
             run.uuid(),
             i64::from(std::process::id())
+        )
+        .execute(&mut *self.tx)
+        .await?;
+        Ok(())
+    }
+
+    /// The next call of a run has not begun after all.
+    ///
+    /// # Errors
+    /// When the database refuses.
+    pub async fn nothing_under_way(&mut self, run: Id<Run>) -> Result<()> {
+        sqlx::query!(
+            "update runs set under_way = null where project_id = $1 and id = $2",
+            self.db.project,
+            run.uuid()
         )
         .execute(&mut *self.tx)
         .await?;

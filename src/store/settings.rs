@@ -24,9 +24,9 @@ impl ProjectDb {
         )
         .fetch_optional(&self.pool)
         .await?;
-        // They were checked when they were set; a setting that a newer version wrote has its default here.
+        // They were checked when they were set, perhaps by a newer version.
         let settings = body
-            .map(|Json(body)| Settings::read(&body).unwrap_or_default())
+            .map(|Json(body)| Settings::restored(&body))
             .unwrap_or_default();
         let settings = Arc::new(settings);
         self.warm

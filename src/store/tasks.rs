@@ -198,30 +198,74 @@ impl ProjectTx {
         self.events.push(event);
     }
 
-    /// The task that `dependsOn` means: an id, else a title, an unfinished task before finished ones. It is held as
-    /// it is until the commit, so that it cannot end unnoticed.
+    /// The task that `dependsOn` means: an id, else a title, an unfinished task before finished ones.
     ///
     /// # Errors
     /// [`StoreError::NotFound`].
-    pub async fn find_need(&mut self, id_or_title: &str) -> Result<Need> {
+    pub async fn find_need(&mut self, id_or_title: &str) -> Result<Id<ids::Task>> {
         let id = id_or_title.parse::<Id<ids::Task>>().ok().map(Id::uuid);
-        let row = sqlx::query!(
-            "select id, status, title from tasks
+        let found = sqlx::query_scalar!(
+            "select id from tasks
             where project_id = $1 and (id = $2 or title = $3)
             order by (id = $2) desc, (mission_id is not null), (status in ('done', 'failed')), id desc
-            limit 1
-            for share",
+            limit 1",
             self.db.project,
             id,
             id_or_title
         )
         .fetch_one(&mut *self.tx)
         .await?;
-        Ok(Need {
-            id: row.id.into(),
-            status: Status::of(&row.status),
-            title: Some(row.title),
-        })
+        Ok(found.into())
+    }
+
+    /// These tasks as they stand, in the order of their ids, held until the commit so that none can end unnoticed.
+    /// What is gone by now is `None`.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn hold_needs(&mut self, needs: &[Id<ids::Task>]) -> Result<Vec<Need>> {
+        let ids: Vec<Uuid> = needs.iter().map(|need| need.uuid()).collect();
+        let rows = sqlx::query!(
+            "select id, status, title from tasks where project_id = $1 and id = any($2) order by id for share",
+            self.db.project,
+            &ids
+        )
+        .fetch_all(&mut *self.tx)
+        .await?;
+        let mut held: Vec<Need> = rows
+            .into_iter()
+            .map(|row| Need {
+                id: row.id.into(),
+                status: Status::of(&row.status),
+                title: Some(row.title),
+            })
+            .collect();
+        for id in needs {
+            if !held.iter().any(|need| need.id == *id) {
+                held.push(Need {
+                    id: *id,
+                    status: None,
+                    title: None,
+                });
+            }
+        }
+        Ok(held)
+    }
+
+    /// Whether an unfinished task has this title.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn is_title_taken(&mut self, title: &str) -> Result<bool> {
+        Ok(sqlx::query_scalar!(
+            r#"select exists (
+                select from tasks where project_id = $1 and title = $2 and status not in ('done', 'failed')
+            ) as "exists!""#,
+            self.db.project,
+            title
+        )
+        .fetch_one(&mut *self.tx)
+        .await?)
     }
 
     /// Stores a new task with what it needs.
@@ -301,6 +345,7 @@ impl ProjectTx {
         )
         .execute(&mut *self.tx)
         .await?;
+        self.changed.push(task.id.uuid());
         let events = task.take_events();
         let ended = events.iter().any(|event| event.name == "task:transition");
         self.events.extend(events);
@@ -519,6 +564,7 @@ impl ProjectTx {
                 .await?;
         }
         self.stops.extend(&gone);
+        self.changed.extend(&gone);
         Ok(deleted)
     }
 
@@ -531,9 +577,14 @@ impl ProjectTx {
         let (world, project) = (self.db.world, self.db.project);
         let jobs = self.rings_jobs.then_some(Topic::Jobs(world));
         let couriers = self.rings_couriers.then_some(Topic::Couriers(world));
+        let timers = self.rings_timers.then_some(Topic::Timers(world));
         let events = self.tells.then_some(Topic::Events(world, project));
         let stops: Vec<Topic> = self.stops.iter().copied().map(Topic::Stop).collect();
-        jobs.into_iter().chain(couriers).chain(events).chain(stops)
+        jobs.into_iter()
+            .chain(couriers)
+            .chain(timers)
+            .chain(events)
+            .chain(stops)
     }
 }
 

@@ -7,6 +7,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use sqlx::postgres::PgListener;
@@ -31,6 +32,8 @@ pub enum Topic {
     Jobs(World),
     /// The same of couriers.
     Couriers(World),
+    /// The same of timers.
+    Timers(World),
     /// Events of a project.
     Events(World, Uuid),
     /// A task's unfinished words.
@@ -47,6 +50,7 @@ impl Topic {
         let written = match self {
             Self::Jobs(world) => write!(text, "j{}", letter(world)),
             Self::Couriers(world) => write!(text, "c{}", letter(world)),
+            Self::Timers(world) => write!(text, "t{}", letter(world)),
             Self::Events(world, project) => write!(text, "e{}{}", letter(world), project.simple()),
             Self::Words(task) => write!(text, "w-{}", task.simple()),
             Self::Listener(task) => write!(text, "l-{}", task.simple()),
@@ -65,6 +69,7 @@ impl Topic {
         Some(match text.get(..1)? {
             "j" => Self::Jobs(world),
             "c" => Self::Couriers(world),
+            "t" => Self::Timers(world),
             "e" => Self::Events(world, id()?),
             "w" => Self::Words(id()?),
             "l" => Self::Listener(id()?),
@@ -92,6 +97,8 @@ pub(super) struct Bell {
     /// Projects of which this process has told events, for their couriers.
     told: Mutex<HashSet<(World, Uuid)>>,
     news: Notify,
+    /// Whether wake-ups are lost.
+    muted: AtomicBool,
     /// Tells this process' own notifications from others'.
     origin: String,
 }
@@ -107,6 +114,7 @@ impl Default for Bell {
             something: Notify::new(),
             told: Mutex::default(),
             news: Notify::new(),
+            muted: AtomicBool::new(false),
             origin: Uuid::now_v7().simple().to_string(),
         }
     }
@@ -126,6 +134,9 @@ impl Bell {
 
     /// Wakes this process' waiters now and the others' in a moment.
     pub(super) fn ring(&self, topic: Topic) {
+        if self.muted.load(Ordering::Relaxed) {
+            return;
+        }
         self.ring_here(topic);
         self.outgoing.lock().expect(POISONED).insert(topic);
         self.something.notify_one();
@@ -198,6 +209,11 @@ impl Db {
     /// Wakes whoever waits for a topic, in every process.
     pub fn ring(&self, topic: Topic) {
         self.bell.ring(topic);
+    }
+
+    /// Loses all wake-ups from here on, as a process does that dies after its commits. For tests.
+    pub fn mute(&self) {
+        self.bell.muted.store(true, Ordering::Relaxed);
     }
 
     /// Whether someone has asked for a task's words lately.
@@ -290,6 +306,7 @@ mod tests {
             Topic::Jobs(World::Live),
             Topic::Jobs(World::Test),
             Topic::Couriers(World::Test),
+            Topic::Timers(World::Live),
             Topic::Events(World::Live, id),
             Topic::Events(World::Test, id),
             Topic::Words(id),

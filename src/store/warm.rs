@@ -76,6 +76,7 @@ struct Entries {
     credentials: HashMap<Uuid, Arc<Vec<SealedCredential>>>,
     /// Whether a project has webhooks that are told of events.
     webhooks: HashMap<(Uuid, World), bool>,
+    suspended: HashMap<Uuid, bool>,
     /// Numbers of the changes already acted on, per schema.
     seen: HashSet<(String, i64)>,
 }
@@ -95,6 +96,7 @@ impl Entries {
         for world in World::ALL {
             self.webhooks.remove(&(project, world));
         }
+        self.suspended.remove(&project);
     }
 }
 
@@ -169,6 +171,24 @@ impl Warm {
             .get(&project)
             .filter(|_| entries.trusted())
             .cloned()
+    }
+
+    pub(super) fn suspended(&self, project: Uuid) -> Option<bool> {
+        let entries = self.entries.read().expect(POISONED);
+        entries
+            .suspended
+            .get(&project)
+            .filter(|_| entries.trusted())
+            .copied()
+    }
+
+    pub(super) fn keep_suspended(&self, generation: u64, project: Uuid, suspended: bool) {
+        self.keep(generation, |entries| {
+            if entries.suspended.len() >= MOST {
+                entries.suspended.clear();
+            }
+            entries.suspended.insert(project, suspended);
+        });
     }
 
     pub(super) fn keep_key(&self, generation: u64, hash: KeyHash, key: Arc<KeyRow>) {

@@ -128,6 +128,22 @@ pub struct Gate {
 /// Rejections of one task when a gate says nothing of it.
 const MAX_REVISIONS: u32 = 3;
 
+/// The longest name of a gate, of a channel, or of an agent or a model in a setting, in bytes.
+pub(super) const NAME: usize = 200;
+/// The longest time that can be set, in milliseconds: a year and a day.
+pub const LONGEST_TIME: u64 = 366 * 24 * 60 * 60 * 1000;
+
+/// Checks whom a gate or a level names for others to read.
+pub(super) fn check_channels(channels: Option<&[String]>) -> Result<(), String> {
+    let channels = channels.unwrap_or_default();
+    if channels.len() > 50 || channels.iter().any(|channel| channel.len() > NAME) {
+        return Err(format!(
+            "`notifyChannels` must be at most 50, of at most {NAME} bytes each."
+        ));
+    }
+    Ok(())
+}
+
 impl Gate {
     /// The gate that every task with `sideEffects` passes before it is done.
     pub fn side_effects() -> Self {
@@ -155,11 +171,39 @@ impl Gate {
         if self.id.is_empty() || self.name.is_empty() {
             return Err("`id` and `name` must not be empty.".to_owned());
         }
+        if self.id.len() > NAME || self.name.len() > NAME {
+            return Err(format!("`id` and `name` must be at most {NAME} bytes."));
+        }
+        if self.timeout_ms > Some(LONGEST_TIME) {
+            return Err(format!("`timeoutMs` must be at most {LONGEST_TIME}."));
+        }
+        check_channels(self.notify_channels.as_deref())?;
         match &self.condition {
             None => Ok(()),
             Some(condition) => check_expression(&condition.expression)
                 .map_err(|reason| format!("`condition.expression`: {reason}.")),
         }
+    }
+
+    /// A gate as it is stored, by whatever version: what cannot be read of it is left out, and closes it for all that it
+    /// may have let through. `None` where this version has no such hook.
+    pub(super) fn restored(value: &Value) -> Option<Self> {
+        if let Ok(gate) = Self::deserialize(value) {
+            return Some(gate);
+        }
+        let text = |key: &str| value.get(key).and_then(Value::as_str);
+        let hook = match value.get("hook") {
+            Some(hook @ Value::String(_)) => Hook::deserialize(hook).ok()?,
+            _ => Hook::TaskSpawn,
+        };
+        let id = text("id").unwrap_or("unreadable").to_owned();
+        tracing::warn!(gate = id, "a stored gate cannot be read: it is closed");
+        Some(Self {
+            name: text("name").unwrap_or(&id).to_owned(),
+            id,
+            hook,
+            ..Self::side_effects()
+        })
     }
 
     /// Whether it stands in the way. A condition that cannot be evaluated closes the gate: better a question

@@ -22,7 +22,7 @@ pub use expectation::{
     Confidence, Dimension, Expectation, ExpectedOutcome, Outcome, OutcomeKind, refuse_metrics,
 };
 pub use expression::{check_expression, holds};
-pub use gate::{Gate, GateHandler, Hook, ON_TIMEOUT, OnTimeout, context};
+pub use gate::{Gate, GateHandler, Hook, LONGEST_TIME, ON_TIMEOUT, OnTimeout, context};
 pub use policy::{Failure, Follow, Level, backoff};
 pub use review::{
     Assessment, Check, DEFAULT_THRESHOLD, REVIEWERS, Review, Score, Trigger, answer_schema,
@@ -168,6 +168,8 @@ pub struct Document {
     pub question_rounds: u32,
     /// Verdicts on it as a blocked task.
     pub resolution_attempts: u32,
+    /// Defects of the engine in a row.
+    pub defects: u32,
     /// Rejections by people.
     pub revision_count: u32,
     /// Whether it touches the outside world.
@@ -261,6 +263,8 @@ pub struct Task {
     status: Status,
     /// Where it stood when it was read.
     was: Status,
+    /// The agent whose place it had or waited for when it was read.
+    was_with: Option<String>,
     events: Vec<Event>,
 }
 
@@ -280,6 +284,7 @@ impl Task {
             updated_at: now,
             status: Status::Draft,
             was: Status::Draft,
+            was_with: None,
             events: Vec::new(),
         }
     }
@@ -289,12 +294,17 @@ impl Task {
     pub fn restored(mut self, status: Status) -> Self {
         self.status = status;
         self.was = status;
+        let waits = status == Status::Pending && !self.held;
+        self.was_with = (waits || status.is_active()).then(|| self.assign_to.clone());
         self
     }
 
-    /// Whether an agent was at it when it was read, and is no more.
-    pub fn has_left_its_agent(&self) -> bool {
-        self.was.is_active() && !self.status.is_active()
+    /// The agent whose place it had or waited for when it was read, and does so no more: someone else may have it.
+    pub fn left_agent(&self) -> Option<&str> {
+        let agent = self.was_with.as_deref()?;
+        let waits = self.status == Status::Pending && !self.held && self.assign_to == agent;
+        let stays = self.status.is_active() || (waits && !self.was.is_active());
+        (!stays).then_some(agent)
     }
 
     /// Whether it had ended when it was read, and has been taken up again.
@@ -548,6 +558,27 @@ mod tests {
         assert!(task.retry().is_err() && !task.bypass(Bypass::Stopped));
         assert!(task.bypass(Bypass::ReassessedBadly));
         assert_eq!(task.status(), Status::Failed);
+    }
+
+    #[test]
+    fn a_place_is_left_by_whoever_had_it_or_waits_for_it_no_more() {
+        let read = |status| task().restored(status);
+        let mut waiting = read(Status::Pending);
+        assert_eq!(waiting.left_agent(), None);
+        waiting.assign_to = "b".to_owned();
+        assert_eq!(waiting.left_agent(), Some("a"));
+        let mut paused = read(Status::Pending);
+        paused.held = true;
+        assert_eq!(paused.left_agent(), Some("a"));
+        let mut begun = read(Status::Pending);
+        begun.go(Status::Assigned).unwrap();
+        assert_eq!(begun.left_agent(), None);
+        let mut retried = read(Status::InProgress);
+        assert_eq!(retried.left_agent(), None);
+        retried.retry().unwrap();
+        retried.assign_to = "b".to_owned();
+        assert_eq!(retried.left_agent(), Some("a"));
+        assert_eq!(read(Status::AwaitingApproval).left_agent(), None);
     }
 
     #[test]

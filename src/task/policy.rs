@@ -125,6 +125,7 @@ impl Task {
         self.document.trigger = Some(trigger.to_owned());
         self.document.outcomes.clear();
         self.document.passed_gates.clear();
+        self.document.defects = 0;
         self.run = None;
     }
 

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::gate::Gate;
+use super::gate::{Gate, LONGEST_TIME, NAME, check_channels};
 
 /// A project's settings. What was never set has its default.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
@@ -106,6 +106,31 @@ pub struct Escalation {
     pub levels: Vec<EscalationLevel>,
 }
 
+impl Escalation {
+    fn check(&self) -> Result<(), String> {
+        let names = self
+            .levels
+            .iter()
+            .map(|level| &level.target)
+            .chain([&self.name]);
+        if names.flatten().any(|name| name.len() > NAME) {
+            return Err(format!(
+                "`escalationPolicy`: `name` and `target` must be at most {NAME} bytes."
+            ));
+        }
+        for level in &self.levels {
+            if level.timeout_ms > Some(LONGEST_TIME) {
+                return Err(format!(
+                    "`escalationPolicy`: `timeoutMs` must be at most {LONGEST_TIME}."
+                ));
+            }
+            check_channels(level.notify_channels.as_deref())
+                .map_err(|message| format!("`escalationPolicy`: {message}"))?;
+        }
+        Ok(())
+    }
+}
+
 /// One step of an escalation.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "camelCase")]
@@ -172,6 +197,34 @@ impl Settings {
         Ok(settings)
     }
 
+    /// Reads settings as they are stored, by whatever version: what is unknown or cannot be read has its default, and
+    /// takes nothing else with it. Gates that cannot be read are closed.
+    pub fn restored(body: &Map<String, Value>) -> Self {
+        let mut readable = Map::new();
+        let mut gates = Vec::new();
+        for (setting, value) in body {
+            if setting == "approvalGates" {
+                gates = match value {
+                    Value::Array(gates) => gates.iter().filter_map(Gate::restored).collect(),
+                    Value::Null => Vec::new(),
+                    unreadable => Gate::restored(unreadable).into_iter().collect(),
+                };
+                continue;
+            }
+            let alone = Map::from_iter([(setting.clone(), value.clone())]);
+            match serde_json::from_value::<Self>(Value::Object(alone)) {
+                Ok(_) => drop(readable.insert(setting.clone(), value.clone())),
+                Err(error) => {
+                    tracing::warn!("the stored setting `{setting}` cannot be read: {error}");
+                }
+            }
+        }
+        let mut settings: Self =
+            serde_json::from_value(Value::Object(readable)).unwrap_or_default();
+        settings.approval_gates = gates;
+        settings
+    }
+
     fn check(&self) -> Result<(), SettingsError> {
         for (setting, value) in [
             ("maxRetries", self.max_retries),
@@ -199,7 +252,29 @@ impl Settings {
                 "`maxConcurrency` must be at least 1.".to_owned(),
             ));
         }
+        for (setting, time) in [
+            ("taskTimeout", self.task_timeout),
+            ("staleThreshold", self.stale_threshold),
+        ] {
+            if time > LONGEST_TIME {
+                let message = format!("`{setting}` must be at most {LONGEST_TIME} milliseconds.");
+                return Err(fault(setting, message));
+            }
+        }
+        for (setting, model) in [
+            ("defaultModel", &self.default_model),
+            ("judgeModel", &self.judge_model),
+            ("orchestratorModel", &self.orchestrator_model),
+        ] {
+            if model.as_ref().is_some_and(|model| model.len() > NAME) {
+                let message = format!("`{setting}` must be at most {NAME} bytes.");
+                return Err(fault(setting, message));
+            }
+        }
         if let Some(policy) = &self.escalation_policy {
+            policy
+                .check()
+                .map_err(|message| fault("escalationPolicy", message))?;
             let mut levels: Vec<u32> = policy.levels.iter().map(|level| level.level).collect();
             levels.sort_unstable();
             levels.dedup();
@@ -262,6 +337,21 @@ mod tests {
             (json!({"taskTimeout": "1 h"}), "taskTimeout"),
             (json!({"staleThreshold": 0}), "staleThreshold"),
             (json!({"maxConcurrency": 0}), "maxConcurrency"),
+            (json!({"taskTimeout": u64::MAX}), "taskTimeout"),
+            (json!({"staleThreshold": u64::MAX}), "staleThreshold"),
+            (json!({"judgeModel": "m".repeat(201)}), "judgeModel"),
+            (
+                json!({"escalationPolicy": {"levels": [{"level": 1, "handler": "human", "timeoutMs": u64::MAX}]}}),
+                "escalationPolicy",
+            ),
+            (
+                json!({"approvalGates": [{"id": "g", "name": "G", "handler": "human", "hook": "task:spawn", "timeoutMs": u64::MAX}]}),
+                "approvalGates",
+            ),
+            (
+                json!({"approvalGates": [{"id": "g".repeat(201), "name": "G", "handler": "human", "hook": "task:spawn"}]}),
+                "approvalGates",
+            ),
             (json!({"violationAction": "shout"}), "violationAction"),
             (
                 json!({"escalationPolicy": {"levels": []}}),
@@ -290,5 +380,46 @@ mod tests {
         ] {
             assert_eq!(read(&body), Err(setting.to_owned()), "{body}");
         }
+    }
+
+    #[test]
+    fn what_cannot_be_read_of_stored_settings_takes_nothing_else_with_it_and_opens_no_gate() {
+        let stored = json!({
+            "maxRetries": 7, "fromTomorrow": true, "staleThreshold": "long",
+            "approvalGates": [
+                {"id": "good", "name": "G", "handler": "auto", "hook": "task:create", "condition": {"expression": "false"}},
+                {"id": "newer", "name": "N", "handler": "auto", "hook": "task:complete", "quorum": 2, "condition": {"expression": "false"}},
+                {"id": "elsewhere", "name": "E", "handler": "human", "hook": "moon:rise"},
+                {"id": "hookless", "handler": "human"},
+            ],
+        });
+        let settings = Settings::restored(stored.as_object().unwrap());
+        assert_eq!(settings.max_retries, 7);
+        assert_eq!(
+            settings.stale_threshold,
+            Settings::default().stale_threshold
+        );
+        let seen: Vec<(&str, &str, bool)> = settings
+            .approval_gates
+            .iter()
+            .map(|gate| {
+                (
+                    gate.id.as_str(),
+                    gate.hook.as_str(),
+                    gate.is_closed(&json!({})),
+                )
+            })
+            .collect();
+        assert_eq!(
+            seen,
+            [
+                ("good", "task:create", false),
+                ("newer", "task:complete", true),
+                ("hookless", "task:spawn", true),
+            ]
+        );
+        let nonsense = json!({"approvalGates": "none"});
+        let settings = Settings::restored(nonsense.as_object().unwrap());
+        assert!(settings.approval_gates[0].is_closed(&json!({})));
     }
 }

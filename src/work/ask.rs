@@ -10,8 +10,9 @@ use super::record::without_nul;
 use super::task::named_model;
 use super::{Held, Result, WorkError};
 use crate::agent::{self, Course, OutputFormat, Repair, Toolbox, TurnEvent};
+use crate::ids::{self, Id};
 use crate::llm::{Message, ModelRequest, Part, ResponseFormat, Tool, ToolCall};
-use crate::store::CallUsage;
+use crate::store::{CallUsage, Topic};
 
 /// A judge has no tools yet.
 #[derive(Debug)]
@@ -47,23 +48,49 @@ pub(super) struct Question<'a> {
     pub(super) schema: Value,
 }
 
-/// An answer, and what it used.
+/// What came of a question.
 #[derive(Debug)]
 pub(super) struct Answer {
-    /// JSON text that the schema accepts.
-    pub(super) text: String,
-    /// What the calls used.
-    pub(super) usage: CallUsage,
+    /// JSON text that the schema accepts, or why there is none.
+    pub(super) text: std::result::Result<String, String>,
+    /// What the calls used, if any was made. An answer that is of no use was paid for too.
+    pub(super) usage: Option<CallUsage>,
 }
 
-/// Asks, and checks the answer's form; asks once more if that is wrong. The inner error says why there is no answer.
+impl Answer {
+    fn none(reason: String) -> Self {
+        Self {
+            text: Err(reason),
+            usage: None,
+        }
+    }
+}
+
+/// Asks, as [`pose`] does, and records what it used beside the last run of the task. The inner error says why there is
+/// no answer.
 pub(super) async fn ask(
     held: &Held,
     question: Question<'_>,
-) -> Result<std::result::Result<Answer, String>> {
+    about: Id<ids::Task>,
+) -> Result<std::result::Result<String, String>> {
+    let answer = pose(held, question).await?;
+    if let Some(usage) = &answer.usage {
+        held.lease.db.record_call(about, usage).await?;
+    }
+    Ok(answer.text)
+}
+
+/// Asks, and checks the answer's form; asks once more if that is wrong.
+pub(super) async fn pose(held: &Held, question: Question<'_>) -> Result<Answer> {
+    // A question that is under way is answered; no other is begun.
+    if held.should_rest().await {
+        held.lease.db.hand_over(&held.lease, None).await?;
+        return Err(WorkError::LeaseLost);
+    }
+    let mut stopped = held.app.db.wait(Topic::Stop(held.lease.job.subject()));
     let (provider, name, model) = match named_model(held, question.model).await? {
         Ok(model) => model,
-        Err(cause) => return Ok(Err(cause)),
+        Err(cause) => return Ok(Answer::none(cause)),
     };
     let response_format = ResponseFormat::JsonSchema {
         name: question.name.to_owned(),
@@ -87,30 +114,35 @@ pub(super) async fn ask(
     };
     let course = Course::chat(format, Repair::Once);
     let mut turn = std::pin::pin!(agent::turn(provider, request, course, Arc::new(NoTools)));
-    let mut answer = Answer {
-        text: String::new(),
-        usage: CallUsage {
-            model: name,
-            prompt_tokens: 0,
-            completion_tokens: 0,
-            cached_tokens: 0,
-            reasoning_tokens: 0,
-            estimated: false,
-        },
-    };
+    let mut text = String::new();
+    let mut used: Option<CallUsage> = None;
     loop {
         let event = tokio::select! {
             event = turn.next() => event,
             () = held.lost.cancelled() => return Err(WorkError::LeaseLost),
             () = held.app.stop_turns.cancelled() => {
-                held.lease.db.hand_over(&held.lease).await?;
+                held.lease.db.hand_over(&held.lease, None).await?;
+                return Err(WorkError::LeaseLost);
+            }
+            // Someone has killed, paused or deleted the task, perhaps.
+            _ = stopped.changed() => {
+                if held.is_ours().await? {
+                    continue;
+                }
                 return Err(WorkError::LeaseLost);
             }
         };
         match event {
             Some(Ok(TurnEvent::Step(step))) => {
-                answer.text = without_nul(step.message.text().unwrap_or_default());
-                let usage = &mut answer.usage;
+                text = without_nul(step.message.text().unwrap_or_default());
+                let usage = used.get_or_insert_with(|| CallUsage {
+                    model: name.clone(),
+                    prompt_tokens: 0,
+                    completion_tokens: 0,
+                    cached_tokens: 0,
+                    reasoning_tokens: 0,
+                    estimated: false,
+                });
                 usage.prompt_tokens += step.usage.prompt_tokens;
                 usage.completion_tokens += step.usage.completion_tokens;
                 usage.cached_tokens += step.usage.cached_tokens;
@@ -118,8 +150,18 @@ pub(super) async fn ask(
                 usage.estimated |= step.usage.estimated;
             }
             Some(Ok(_)) => {}
-            Some(Err(error)) => return Ok(Err(without_nul(&error.to_string()))),
-            None => return Ok(Ok(answer)),
+            Some(Err(error)) => {
+                return Ok(Answer {
+                    text: Err(without_nul(&error.to_string())),
+                    usage: used,
+                });
+            }
+            None => {
+                return Ok(Answer {
+                    text: Ok(text),
+                    usage: used,
+                });
+            }
         }
     }
 }

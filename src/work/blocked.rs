@@ -56,7 +56,7 @@ pub(super) async fn resolve(held: &Held, id: Id<ids::Task>) -> Result<()> {
         _ => Err("what it needs is not there".to_owned()),
     };
     let mut tx = db.begin().await?;
-    let mut task = tx.lock_task(id).await?;
+    let (mut task, failed) = lock_all(&mut tx, id, &needs).await?;
     tx.complete(&held.lease).await?;
     let unmet = tx.unmet_needs(id).await?;
     let hopeless = unmet
@@ -70,7 +70,7 @@ pub(super) async fn resolve(held: &Held, id: Id<ids::Task>) -> Result<()> {
         )
         .await?;
     } else if task.status() == Status::Pending && hopeless {
-        act(held, &mut tx, &mut task, &unmet, verdict).await?;
+        act(held, &mut tx, &mut task, failed, &unmet, verdict).await?;
     }
     tx.commit().await?;
     Ok(())
@@ -90,6 +90,29 @@ async fn rests(held: &Held, id: Id<ids::Task>, mission: Id<ids::Mission>) -> Res
     }
     tx.commit().await?;
     Ok(true)
+}
+
+/// The task, and what it needs that has failed, all held in the order of their ids.
+async fn lock_all(
+    tx: &mut ProjectTx,
+    id: Id<ids::Task>,
+    needs: &[Need],
+) -> Result<(Task, Vec<Task>)> {
+    let failed = needs
+        .iter()
+        .filter(|need| need.status == Some(Status::Failed));
+    let mut all: Vec<Id<ids::Task>> = failed.map(|need| need.id).chain([id]).collect();
+    all.sort_unstable_by_key(|id| id.uuid());
+    let (mut task, mut failed) = (None, Vec::new());
+    for each in all {
+        match tx.lock_task(each).await {
+            Ok(locked) if each == id => task = Some(locked),
+            Ok(locked) => failed.push(locked),
+            Err(StoreError::NotFound) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok((task.ok_or(WorkError::LeaseLost)?, failed))
 }
 
 async fn judge(
@@ -137,11 +160,11 @@ async fn judge(
             },
         }),
     };
-    let answer = ask(held, question).await?;
+    // A task that never began has no run to put it down to; what it needs has.
+    let answer = ask(held, question, failed.id).await?;
     // What cannot be read counts as `fail` (design 0.1).
     Ok(answer.and_then(|answer| {
-        serde_json::from_str(&answer.text)
-            .map_err(|_| "nobody could say how it can go on".to_owned())
+        serde_json::from_str(&answer).map_err(|_| "nobody could say how it can go on".to_owned())
     }))
 }
 
@@ -149,6 +172,7 @@ async fn act(
     held: &Held,
     tx: &mut ProjectTx,
     task: &mut Task,
+    needs: Vec<Task>,
     unmet: &[Need],
     verdict: std::result::Result<Verdict, String>,
 ) -> Result<()> {
@@ -185,13 +209,13 @@ async fn act(
             reason,
             ..
         }) => {
-            if retry(held, tx, &failed).await? {
+            if retry(held, tx, needs).await? {
                 let told =
                     json!({"failedDepId": failed.first(), "action": "retry", "reason": reason});
                 task.tell("deadlock:resolved", told);
                 return Ok(lifecycle::save(tx, db, task).await?);
             }
-            "what it needs has no retries left".to_owned()
+            "what it needs cannot be tried again".to_owned()
         }
         Ok(verdict) => verdict.reason,
         Err(reason) => reason,
@@ -207,20 +231,23 @@ async fn act(
     Ok(lifecycle::save(tx, db, task).await?)
 }
 
-/// Tries the failed ones again, those that have retries left; false when there are none.
-async fn retry(held: &Held, tx: &mut ProjectTx, failed: &[Id<ids::Task>]) -> Result<bool> {
+/// Tries the failed ones again: those that have retries left, and whose title nobody else has by now.
+async fn retry(held: &Held, tx: &mut ProjectTx, failed: Vec<Task>) -> Result<bool> {
     let mut any = false;
-    for id in failed {
-        let mut task = tx.lock_task(*id).await?;
-        if task.status() != Status::Failed || task.document.retries >= task.document.max_retries {
+    for mut task in failed {
+        if task.status() != Status::Failed
+            || task.document.retries >= task.document.max_retries
+            || tx.is_title_taken(&task.title).await?
+        {
             continue;
         }
         task.go(Status::Pending)
             .map_err(|error| WorkError::Defect(error.into()))?;
         task.begin_again(Phase::Execution, None, "retry");
+        lifecycle::renew_deadline(tx, &mut task).await?;
         lifecycle::save(tx, &held.lease.db, &mut task).await?;
         tx.enqueue(
-            Job::Task(*id),
+            Job::Task(task.id),
             task.document.priority,
             std::time::Duration::ZERO,
         )

@@ -516,7 +516,7 @@ impl<'a> Courier<'a> {
         while let Ok(Some(landed)) = tokio::time::timeout_at(end, self.flights.join_next()).await {
             self.land(landed).await?;
         }
-        self.db().hand_over(&self.held.lease).await?;
+        self.db().hand_over(&self.held.lease, None).await?;
         Ok(())
     }
 }

@@ -35,6 +35,8 @@ struct Ending {
     sentence: String,
     /// What broke.
     cause: Option<String>,
+    /// The milliseconds that it had, where they were used up.
+    most: Option<u64>,
 }
 
 impl Ending {
@@ -43,6 +45,7 @@ impl Ending {
             reason: EndReason::Finished,
             sentence: String::new(),
             cause: None,
+            most: None,
         }
     }
 
@@ -51,6 +54,14 @@ impl Ending {
             reason,
             sentence,
             cause: None,
+            most: None,
+        }
+    }
+
+    fn timeout(most: u64, sentence: String) -> Self {
+        Self {
+            most: Some(most),
+            ..Self::limit(EndReason::Timeout, sentence)
         }
     }
 
@@ -59,6 +70,7 @@ impl Ending {
             reason: EndReason::Error,
             sentence: cause.clone(),
             cause: Some(cause),
+            most: None,
         }
     }
 }
@@ -240,10 +252,7 @@ impl Limits {
         let timeout = (most > 0).then(|| {
             let left = Duration::from_millis(most).saturating_sub(passed);
             let sentence = format!("The run took longer than the {most} ms it may.");
-            (
-                Instant::now() + left,
-                Ending::limit(EndReason::Timeout, sentence),
-            )
+            (Instant::now() + left, Ending::timeout(most, sentence))
         });
         Self {
             timeout,
@@ -298,14 +307,15 @@ async fn follow(
                 Some(Ok(event)) => {
                     limits.quiet_since = Instant::now();
                     limits.warned = false;
-                    if recorder.note(event).await? && app.stopping.is_cancelled() {
-                        held.lease.db.hand_over(&held.lease).await?;
+                    if recorder.note(event).await? && held.should_rest().await {
+                        let between = Some(recorder.run);
+                        held.lease.db.hand_over(&held.lease, between).await?;
                         return Ok(Followed::HandedOver);
                     }
                 }
             },
             () = app.stop_turns.cancelled() => {
-                held.lease.db.hand_over(&held.lease).await?;
+                held.lease.db.hand_over(&held.lease, None).await?;
                 return Ok(Followed::HandedOver);
             }
             _ = stopped.changed() => {
@@ -348,10 +358,9 @@ async fn overdue(held: &Held, task: &Task, limits: &mut Limits) -> Result<Option
     tx.emit(crate::event::Event::new("agent:stale", told));
     tx.commit().await?;
     if limits.warned {
-        return Ok(Some(Ending::limit(
-            EndReason::Timeout,
-            format!("The run said nothing for {elapsed} ms."),
-        )));
+        let most = u64::try_from((limits.stale * 2).as_millis()).unwrap_or(u64::MAX);
+        let sentence = format!("The run said nothing for {elapsed} ms.");
+        return Ok(Some(Ending::timeout(most, sentence)));
     }
     limits.warned = true;
     Ok(None)
@@ -490,8 +499,7 @@ async fn fail(
     settings: &Settings,
     ending: &Ending,
 ) -> Result<Option<Task>> {
-    if ending.reason == EndReason::Timeout {
-        let timeout = task.document.max_duration.unwrap_or(settings.task_timeout);
+    if let Some(timeout) = ending.most {
         let elapsed = task
             .document
             .result
@@ -529,6 +537,7 @@ fn tell_end(task: &mut Task, recorder: &Recorder<'_>, ending: &Ending, started_a
         assessment_history: history,
     };
     task.document.outcomes.clone_from(&recorder.outcomes);
+    task.document.defects = 0;
     let told = json!({
         "agentName": task.assign_to, "exitCode": result.exit_code, "duration": result.duration,
         "reason": result.reason, "runId": recorder.run,

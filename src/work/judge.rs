@@ -7,7 +7,7 @@ use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use serde_json::{Value, json};
 
-use super::ask::{Question, ask};
+use super::ask::{Answer, Question, ask, pose};
 use super::execution::Patience;
 use super::task::{commit, pass, pause};
 use super::{Held, Result, WorkError, question};
@@ -155,6 +155,7 @@ pub(super) async fn reassess(held: &Held, id: Id<ids::Task>) -> Result<()> {
     let db = &held.lease.db;
     let settings = db.settings().await?;
     let before = db.task(id).await?;
+    let asked_about = before.document.expectations.clone();
     let judged = if before.status().is_terminal() && !before.document.expectations.is_empty() {
         Some(assess(held, before, &settings, Trigger::Reassess).await?)
     } else {
@@ -166,9 +167,12 @@ pub(super) async fn reassess(held: &Held, id: Id<ids::Task>) -> Result<()> {
     if let Some((before, verdict)) = judged
         && task.status() == before.status()
     {
-        task.document
-            .expectations
-            .clone_from(&before.document.expectations);
+        // Corrections are of what was asked about; whoever gave it others meanwhile has the last word.
+        if task.document.expectations == asked_about {
+            task.document
+                .expectations
+                .clone_from(&before.document.expectations);
+        }
         tell_verdict(&mut task, &verdict);
         if let Some(result) = &mut task.document.result {
             let earlier = result.assessment.replace(json!(verdict));
@@ -393,16 +397,14 @@ impl Sitting<'_> {
             emit(self.held, begun, self.task).await?;
         }
         while let Some((check, reviewer, answer)) = open.next().await {
-            let (mut body, usage, said) = match answer? {
-                Ok((answer, usage)) => {
-                    let said = read_answer(reviewer, &answer, &asked[check].dimensions);
-                    let body = match &said {
-                        Ok(_) => json!({"answer": answer}),
-                        Err(failure) => json!({"failure": failure}),
-                    };
-                    (body, Some(usage), said)
-                }
-                Err(failure) => (json!({"failure": failure}), None, Err(failure)),
+            let Answer { text, usage } = answer?;
+            let said = match &text {
+                Ok(answer) => read_answer(reviewer, answer, &asked[check].dimensions),
+                Err(failure) => Err(failure.clone()),
+            };
+            let mut body = match &said {
+                Ok(_) => json!({"answer": text.unwrap_or_default()}),
+                Err(failure) => json!({"failure": failure}),
             };
             body["round"] = json!(self.round);
             body["check"] = json!(check);
@@ -496,12 +498,7 @@ fn label(asked: &Asked) -> String {
     asked.criteria.clone().unwrap_or_else(names)
 }
 
-async fn one_review(
-    held: &Held,
-    task: &Task,
-    asked: &Asked,
-    model: &str,
-) -> Result<std::result::Result<(String, CallUsage), String>> {
+async fn one_review(held: &Held, task: &Task, asked: &Asked, model: &str) -> Result<Answer> {
     let output = task
         .document
         .result
@@ -519,8 +516,7 @@ async fn one_review(
         user: material(&task.title, description, output, &task.document.outcomes),
         schema: answer_schema(&asked.dimensions),
     };
-    let answer = ask(held, question).await?;
-    Ok(answer.map(|answer| (answer.text, answer.usage)))
+    pose(held, question).await
 }
 
 /// Corrects thresholds that were only estimated, if a judge finds them wrong (contract 2.7.5).
@@ -576,10 +572,10 @@ async fn better_threshold(
             "properties": {"correct": {"type": "boolean"}, "threshold": {"type": "number"}},
         }),
     };
-    let answer = ask(held, question).await?;
+    let answer = ask(held, question, task.id).await?;
     let judged: Value = answer
         .ok()
-        .and_then(|answer| serde_json::from_str(&answer.text).ok())
+        .and_then(|answer| serde_json::from_str(&answer).ok())
         .unwrap_or_default();
     let threshold = judged["threshold"]
         .as_f64()

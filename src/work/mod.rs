@@ -5,19 +5,20 @@
 
 use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
+use std::pin::pin;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use chrono::Utc;
 use futures::FutureExt;
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
 use crate::app::App;
 use crate::lifecycle::{self, LifecycleError};
-use crate::store::{Holder, Job, Lane, Lease, StoreError, World, until};
+use crate::store::{Claimed, Holder, Job, Lane, Lease, SUSPENDED, StoreError, World, until};
 
 mod ask;
 mod blocked;
@@ -42,11 +43,15 @@ const HEARTBEAT: Duration = Duration::from_secs(3);
 const CLAIM: usize = 64;
 /// The most couriers at work, beside the engine's jobs.
 const COURIERS: usize = 1_024;
+/// The most timers at once, beside both: they take no time, and must not wait for work that does.
+const TIMERS: usize = 32;
 /// How often couriers are looked for that rest though there is something for them: the net under wake-ups that were lost
 /// with the process that owed them.
 const SWEEP: Duration = Duration::from_secs(5);
-/// How long a job rests that failed because of us or of the database.
+/// How long a job rests that failed because of the database.
 const REST: Duration = Duration::from_secs(2);
+/// How long a job rests that failed because of us, if its task cannot end for it.
+const LONG_REST: Duration = Duration::from_secs(60);
 
 /// Why a job was not done.
 #[derive(Debug, thiserror::Error)]
@@ -95,6 +100,17 @@ struct Held {
 }
 
 impl Held {
+    /// Whether the project is suspended, so that its work rests. Who cannot ask goes on.
+    async fn is_suspended(&self) -> bool {
+        let project = self.lease.db.project();
+        self.app.db.is_suspended(project).await.unwrap_or(false)
+    }
+
+    /// Whether work on the job should end at the next chance: this process stops, or the project is suspended.
+    async fn should_rest(&self) -> bool {
+        self.app.stopping.is_cancelled() || self.is_suspended().await
+    }
+
     /// Whether the job is still ours; asked when someone says that it may not be.
     async fn is_ours(&self) -> Result<bool> {
         let number = self.lease.number();
@@ -112,6 +128,8 @@ impl Held {
 struct Engine {
     app: App,
     holder: Holder,
+    /// Whether this process has its lock: what it claims without one looks like a dead process' work.
+    standing: watch::Sender<bool>,
     running: Mutex<HashMap<i64, (World, CancellationToken)>>,
     jobs: TaskTracker,
 }
@@ -141,8 +159,10 @@ const POISONED: &str = "nothing panics while it holds the list of jobs";
 pub async fn run(app: App) {
     let places = Places::new(Lane::Engine, app.config.worker_slots);
     let couriers = Places::new(Lane::Couriers, COURIERS);
+    let timers = Places::new(Lane::Timers, TIMERS);
     let engine = Arc::new(Engine {
         holder: Holder::new(rand::random()),
+        standing: watch::Sender::new(false),
         running: Mutex::default(),
         jobs: TaskTracker::new(),
         app,
@@ -154,6 +174,8 @@ pub async fn run(app: App) {
             engine.attend(World::Test, &places),
             engine.attend(World::Live, &couriers),
             engine.attend(World::Test, &couriers),
+            engine.attend(World::Live, &timers),
+            engine.attend(World::Test, &timers),
             engine.sweep(),
             engine.beat(),
         );
@@ -175,6 +197,7 @@ impl Engine {
         loop {
             let lost = match self.app.db.hold(self.holder).await {
                 Ok(mut standing) => loop {
+                    self.standing.send_replace(true);
                     if let Err(error) = self.take_over().await {
                         tracing::debug!("the jobs of other processes cannot be seen: {error}");
                     }
@@ -185,6 +208,7 @@ impl Engine {
                 },
                 Err(error) => error,
             };
+            self.standing.send_replace(false);
             tracing::warn!("the engine has lost its database, trying again: {lost}");
             tokio::time::sleep(LOOK).await;
         }
@@ -195,7 +219,7 @@ impl Engine {
             let freed = self.app.db.free_orphaned_jobs(world).await?;
             if freed > 0 {
                 tracing::info!(jobs = freed, "taking over from a process that is gone");
-                for lane in [Lane::Engine, Lane::Couriers] {
+                for lane in Lane::ALL {
                     self.app.db.ring(lane.topic(world));
                 }
             }
@@ -218,8 +242,13 @@ impl Engine {
     /// Claims a lane's jobs of a world as they become ready.
     async fn attend(self: &Arc<Self>, world: World, places: &Arc<Places>) {
         let mut woken = self.app.db.wait(places.lane.topic(world));
+        let mut standing = self.standing.subscribe();
         let mut cursor = Uuid::nil();
         while !self.app.stopping.is_cancelled() {
+            standing.borrow_and_update();
+            let mut freed = pin!(places.freed.notified());
+            // From here on: a place that comes free during the look is heard of.
+            freed.as_mut().enable();
             let next = match self.look(world, places, &mut cursor).await {
                 Ok(next) => next,
                 Err(error) => {
@@ -229,7 +258,8 @@ impl Engine {
             };
             tokio::select! {
                 changed = woken.changed() => changed.expect("the bell outlives the engine"),
-                () = places.freed.notified() => {}
+                () = freed => {}
+                _ = standing.changed() => {}
                 () = tokio::time::sleep(next) => {}
                 () = self.app.stopping.cancelled() => {}
             }
@@ -243,6 +273,9 @@ impl Engine {
         places: &Arc<Places>,
         cursor: &mut Uuid,
     ) -> std::result::Result<Duration, StoreError> {
+        if !*self.standing.borrow() {
+            return Ok(LOOK);
+        }
         let db = &self.app.db;
         let due = db.ready_due_jobs(world, places.lane).await?;
         loop {
@@ -255,7 +288,7 @@ impl Engine {
             let claimed = db
                 .claim(world, places.lane, self.holder, *cursor, room)
                 .await?;
-            let drained = is_drained(&claimed.leases, most);
+            let drained = is_drained(&claimed, most);
             *cursor = if drained { Uuid::nil() } else { claimed.cursor };
             for lease in claimed.leases {
                 let permit = places.free.clone().acquire_owned().await;
@@ -327,38 +360,57 @@ impl Engine {
 }
 
 /// Whether a claim has left nothing that is ready from its cursor on: no project had more than its share.
-fn is_drained(leases: &[Lease], most: usize) -> bool {
+fn is_drained(claimed: &Claimed, most: usize) -> bool {
     let mut of_project: HashMap<Uuid, usize> = HashMap::new();
-    for lease in leases {
+    for lease in &claimed.leases {
         *of_project.entry(lease.db.project()).or_default() += 1;
     }
-    let share = (most / of_project.len().max(1)).max(1);
-    of_project.len() < most && of_project.values().all(|count| *count < share)
+    let share = (most / claimed.projects.max(1)).max(1);
+    claimed.projects < most && of_project.values().all(|count| *count < share)
 }
 
 impl Held {
     /// Does the job. Whatever goes wrong, it is done, given back, or someone else's in the end.
     async fn work(&self) {
         let done = AssertUnwindSafe(self.dispatch()).catch_unwind().await;
-        let error = match done {
+        let returned = match done {
             Ok(Ok(()) | Err(WorkError::LeaseLost)) => return,
             Ok(Err(WorkError::Unavailable(error))) => {
                 tracing::warn!(job = ?self.lease.job, "a job must wait for the database: {error:#}");
-                error
+                self.put_off(REST).await.map_err(WorkError::from)
             }
             Ok(Err(WorkError::Defect(error))) => {
-                tracing::error!(job = ?self.lease.job, "a job failed and is tried again: {error:#}");
-                error
+                tracing::error!(job = ?self.lease.job, "a job failed: {error:#}");
+                self.count_defect().await
             }
             Err(_panic) => {
-                tracing::error!(job = ?self.lease.job, "a job panicked and is tried again");
-                anyhow::anyhow!("a job panicked")
+                tracing::error!(job = ?self.lease.job, "a job panicked");
+                self.count_defect().await
             }
         };
-        if let Err(unreturned) = self.put_off(REST).await {
-            tracing::debug!(
-                "the job comes back when its lease runs out: {unreturned} after {error}"
-            );
+        if let Err(unreturned) = returned {
+            tracing::debug!("the job comes back when its lease runs out: {unreturned}");
+        }
+    }
+
+    /// Has a job tried again that failed because of us, but not for ever.
+    async fn count_defect(&self) -> Result<()> {
+        let counted = match self.lease.job {
+            Job::Task(id) | Job::Blocked(id) => {
+                let mut tx = self.lease.db.begin().await?;
+                let pause = task::pause(self);
+                lifecycle::after_defect(&mut tx, &self.lease.db, &self.lease, id, pause)
+                    .await
+                    .map_err(WorkError::from)
+                    .map(|()| tx)
+            }
+            _ => Err(WorkError::Defect(anyhow::anyhow!("it is no task's job"))),
+        };
+        match counted {
+            Ok(tx) => Ok(tx.commit().await?),
+            // A row that cannot be read can be mended; until then it costs little.
+            Err(WorkError::Defect(_)) => Ok(self.put_off(LONG_REST).await?),
+            Err(error) => Err(error),
         }
     }
 
@@ -369,6 +421,11 @@ impl Held {
     }
 
     async fn dispatch(&self) -> Result<()> {
+        if self.is_suspended().await {
+            let mut tx = self.lease.db.begin().await?;
+            tx.park(&self.lease, SUSPENDED).await?;
+            return Ok(tx.commit().await?);
+        }
         match self.lease.job {
             Job::Task(id) => task::advance(self, id).await,
             Job::Blocked(id) => blocked::resolve(self, id).await,

@@ -46,8 +46,8 @@ pub(super) async fn answer(held: &Held, task: &Task, settings: &Settings) -> Res
             "properties": {"question": {"type": "boolean"}, "answer": {"type": "string"}},
         }),
     };
-    let verdict = ask(held, question).await?.and_then(|answer| {
-        serde_json::from_str::<Verdict>(&answer.text).map_err(|error| error.to_string())
+    let verdict = ask(held, question, task.id).await?.and_then(|answer| {
+        serde_json::from_str::<Verdict>(&answer).map_err(|error| error.to_string())
     });
     let verdict = match verdict {
         Ok(verdict) if verdict.question => verdict,
@@ -115,8 +115,8 @@ pub(super) async fn rewrite(held: &Held, task: Task) -> Result<Option<Task>> {
             "properties": {"description": {"type": "string"}},
         }),
     };
-    let rewritten = ask(held, question).await?.and_then(|answer| {
-        serde_json::from_str::<Rewritten>(&answer.text).map_err(|error| error.to_string())
+    let rewritten = ask(held, question, task.id).await?.and_then(|answer| {
+        serde_json::from_str::<Rewritten>(&answer).map_err(|error| error.to_string())
     });
     let mut tx = db.begin().await?;
     let mut task = tx.lock_task(task.id).await?;

@@ -28,6 +28,9 @@ pub(super) async fn advance(held: &Held, id: Id<ids::Task>) -> Result<()> {
         if held.lost.is_cancelled() {
             return Err(WorkError::LeaseLost);
         }
+        if held.should_rest().await {
+            return Ok(db.hand_over(&held.lease, None).await?);
+        }
         let next = match task.status() {
             Status::Pending if task.document.escalation_owed => {
                 question::rewrite(held, task).await?
@@ -121,6 +124,12 @@ async fn start(
                     .await?;
             }
             tx.complete(&held.lease).await?;
+            // An approved task waits for what it needs like any other; and a place that it was woken for is another's.
+            if task.bypass(Bypass::Released) {
+                lifecycle::save(tx, db, &mut task).await?;
+            } else {
+                lifecycle::leave(tx, db, &task.assign_to).await?;
+            }
             return Ok(Start::Rests);
         }
     }
@@ -141,11 +150,18 @@ async fn start(
             return Ok(Start::Rests);
         }
     };
-    if task.status() == Status::Pending {
-        if let Some(whose) = occupied(tx, &task, &agent, settings).await? {
-            tx.park(&held.lease, &whose).await?;
-            return Ok(Start::Rests);
+    if let Some(whose) = occupied(tx, &task, &agent, settings).await? {
+        if task.bypass(Bypass::Released) {
+            lifecycle::save(tx, db, &mut task).await?;
         }
+        tx.park(&held.lease, &whose).await?;
+        if !whose.is_empty() && settings.max_concurrency.is_some() {
+            // It may have been woken for a place of the project, which others can use.
+            tx.unpark("", 1).await?;
+        }
+        return Ok(Start::Rests);
+    }
+    if task.status() == Status::Pending {
         let data = json!({"from": Status::Pending, "to": Status::Assigned, "agent": agent.name});
         for hook in [Hook::TaskSpawn, Hook::TaskTransition] {
             let seen = context(&task, hook, &data);
@@ -169,7 +185,6 @@ fn illegal<T>(step: std::result::Result<T, crate::task::IllegalStep>) -> Result<
 }
 
 async fn spawn(tx: &mut ProjectTx, task: &mut Task, agent: &AgentRow) -> Result<()> {
-    illegal(task.go(Status::InProgress))?;
     let phase = task
         .document
         .phase
@@ -185,6 +200,8 @@ async fn spawn(tx: &mut ProjectTx, task: &mut Task, agent: &AgentRow) -> Result<
             tx.begin_run(run, task.id, agent.id, Utc::now()).await?;
         }
     }
+    // With its run in place, so that who hears of it knows what to follow.
+    illegal(task.go(Status::InProgress))?;
     let told = json!({"agentName": agent.name, "taskTitle": task.title});
     task.tell("agent:spawned", told);
     Ok(())

@@ -70,7 +70,7 @@ pub(super) async fn escalation(held: &Held, id: Id<ids::Task>) -> Result<()> {
         Status::Pending | Status::InProgress | Status::AwaitingApproval
     );
     if waits && task.document.escalation_level.is_some() {
-        tx.withdraw_approvals(id).await?;
+        lifecycle::withdraw(&mut tx, &mut task).await?;
         if let Some(run) = task.run.filter(|_| task.status() == Status::InProgress) {
             tx.end_run(run, crate::store::RunStatus::Interrupted, None)
                 .await?;

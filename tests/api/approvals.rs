@@ -1,6 +1,7 @@
 //! Where people must say yes (contract 2.11).
 
 use serde_json::{Value, json};
+use sqlx::{Connection, PgConnection};
 
 use crate::assessments::{is_review, scored};
 use crate::harness::{Reply, TestApp, answer, eventually, last_text, said};
@@ -263,11 +264,118 @@ async fn a_killed_task_waits_for_nobody() {
     answer(app.post(&format!("/v1/tasks/{id}/kill"), json!({}))).await;
     assert_eq!(decide(&app, &request, "approve", json!({})).await.0, 409);
     assert_eq!(app.read(&id).await["status"], "failed");
+    let (_, told) = app.events("approval:resolved").await.pop().unwrap();
+    assert_eq!(
+        (&told["requestId"], &told["resolvedBy"]),
+        (&request["id"], &json!("engine"))
+    );
     for deed in ["approve", "reject"] {
         let path = format!("/v1/approvals/apr_01a20e9a7fa5709989a9da919772fa8a/{deed}");
         assert_eq!(
             answer(app.post(&path, json!({"feedback": "f"}))).await.0,
             404
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_draft_meets_the_gate_before_its_creation_however_it_is_submitted() {
+    let app = with_gates(json!([gate("task:create", json!({}))])).await;
+    for (number, deed) in ["queue", "run", "patch"].into_iter().enumerate() {
+        let id = app
+            .task(&format!("work {number}"), json!({"draft": true}))
+            .await;
+        assert_eq!(app.read(&id).await["status"], "draft");
+        let (status, body) = if deed == "patch" {
+            answer(app.patch(&format!("/v1/tasks/{id}"), json!({"status": "pending"}))).await
+        } else {
+            answer(app.post(&format!("/v1/tasks/{id}/{deed}"), json!({}))).await
+        };
+        assert_eq!(status, 200, "{deed}: {body}");
+        assert_eq!(app.read(&id).await["status"], "awaiting_approval", "{deed}");
+        assert!(app.upstream.asked().len() == number, "{deed}");
+        let request = waiting(&app, &id).await;
+        decide(&app, &request, "approve", json!({})).await;
+        app.until(&id, "done").await;
+    }
+}
+
+#[tokio::test]
+async fn an_approved_retry_is_counted_told_and_handed_over_like_any() {
+    let app = with_gates(json!([gate("task:retry", json!({}))])).await;
+    app.agent("boss").await;
+    let policy = json!({"escalateAfter": 1, "fallbackAgent": "boss"});
+    let id = app
+        .task("break", json!({"maxRetries": 1, "retryPolicy": policy}))
+        .await;
+    let request = waiting(&app, &id).await;
+    assert_eq!(decide(&app, &request, "approve", json!({})).await.0, 200);
+    let task = app.until(&id, "failed").await;
+    assert_eq!(
+        (&task["retries"], &task["assignTo"]),
+        (&json!(1), &json!("boss"))
+    );
+    assert_eq!(app.events("task:retry").await.len(), 1);
+}
+
+#[tokio::test]
+async fn a_request_that_nobody_answers_fails_the_task_and_its_result_says_so() {
+    for hook in ["task:spawn", "task:complete"] {
+        let app = with_gates(json!([gate(hook, json!({"timeoutMs": 50}))])).await;
+        let id = app.task("work", json!({})).await;
+        let result = app.until(&id, "failed").await["result"].clone();
+        assert_eq!(
+            (&result["reason"], &result["exitCode"]),
+            (&json!("error"), &json!(1)),
+            "{hook}"
+        );
+        for member in ["stderr", "cause"] {
+            let said = result[member].as_str().unwrap();
+            assert!(said.contains("in time"), "{hook}: {result}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn no_level_of_an_escalation_acts_once_a_person_is_asked_or_has_answered() {
+    for (time, deed) in [
+        (None, "approve"),
+        (Some(60_000), "approve"),
+        (Some(60_000), "reject"),
+    ] {
+        let app = with_gates(json!([])).await;
+        let levels = json!([
+            {"level": 1, "handler": "orchestrator", "timeoutMs": 60_000},
+            {"level": 2, "handler": "human", "timeoutMs": time},
+        ]);
+        let settings = json!({"escalationPolicy": {"levels": levels}, "orchestratorModel": "echo"});
+        assert_eq!(answer(app.patch("/v1/config", settings)).await.0, 200);
+        let id = app.task("break", json!({"maxRetries": 0})).await;
+        let request = waiting(&app, &id).await;
+        let mut database = PgConnection::connect(&app.database_url).await.unwrap();
+        let timers = "select count(*) from production.jobs where kind = 'escalation'";
+        let owed: i64 = sqlx::query_scalar(timers)
+            .fetch_one(&mut database)
+            .await
+            .unwrap();
+        assert_eq!(owed, i64::from(time.is_some()));
+        app.upstream.answers(|_| Reply::Hang(vec![]));
+        let (status, body) = decide(&app, &request, deed, json!({"feedback": "better"})).await;
+        assert_eq!(status, 200, "{body}");
+        let owed: i64 = sqlx::query_scalar(timers)
+            .fetch_one(&mut database)
+            .await
+            .unwrap();
+        assert_eq!(owed, 0, "{deed}");
+        let (_, told) = app.events("escalation:resolved").await.pop().unwrap();
+        let action = if deed == "approve" {
+            "approved"
+        } else {
+            "rejected"
+        };
+        assert_eq!(
+            (&told["level"], &told["action"]),
+            (&json!(2), &json!(action))
         );
     }
 }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use serde_json::{Value, json};
 
-use crate::harness::{Reply, TestApp, answer, last_text, said};
+use crate::harness::{Reply, TestApp, answer, eventually, last_text, said};
 
 /// A reviewer's answer that gives every dimension this score.
 pub(crate) fn scored(request: &Value, score: f64) -> Reply {
@@ -313,5 +313,33 @@ async fn finished_work_can_be_judged_again_both_ways() {
             .unwrap()
             .len(),
         2
+    );
+}
+
+#[tokio::test]
+async fn expectations_that_are_changed_while_work_is_judged_again_stay_changed() {
+    let (app, _) = judged_by(&[4.0]).await;
+    let id = app.task("notes", by("Is it good?")).await;
+    app.until(&id, "done").await;
+    app.upstream.answers(|request| {
+        let Reply::Stream(words) = scored(request, 4.0) else {
+            unreachable!("a review is a stream")
+        };
+        Reply::Slow(std::time::Duration::from_millis(300), words)
+    });
+    let asked = app.upstream.asked().len();
+    answer(app.post(&format!("/v1/tasks/{id}/reassess"), json!({}))).await;
+    eventually("reviewers are asked", async || {
+        app.upstream.asked().len() > asked
+    })
+    .await;
+    answer(app.patch(&format!("/v1/tasks/{id}"), by("Is it short?"))).await;
+    eventually("it is judged again", async || {
+        app.read(&id).await["result"]["assessment"]["trigger"] == "reassess"
+    })
+    .await;
+    assert_eq!(
+        app.read(&id).await["expectations"][0]["criteria"],
+        "Is it short?"
     );
 }

@@ -8,6 +8,8 @@ use futures::StreamExt;
 use polpo::store::World;
 use reqwest::Method;
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpSocket;
 use tokio_util::sync::CancellationToken;
 
 use crate::harness::{TestApp, answer, eventually};
@@ -354,4 +356,60 @@ async fn a_reader_that_takes_nothing_holds_nobody_up_and_is_told_everything_or_w
     })
     .await;
     assert_eq!(number(&stuck.frame().await.0), 601);
+}
+
+#[tokio::test]
+async fn the_first_reader_of_a_project_misses_nothing_that_happens_as_it_comes() {
+    let app = TestApp::start().await;
+    app.agent("noor").await;
+    for round in 1..=40 {
+        let (last, title) = (format!("evt_{:05}", round - 1), format!("{round}"));
+        let (mut reader, ()) = tokio::join!(
+            Reader::open(&app, &app.url, "", Some(&last)),
+            write(&app, &app.url, &title)
+        );
+        // Nothing else happens that would show it what it has missed.
+        let frame = tokio::time::timeout(Duration::from_secs(4), reader.frame()).await;
+        assert_eq!(number(&frame.expect("it was missed").0), round);
+        drop(reader);
+        // The next one is the first again once the server has seen this one leave.
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_reader_that_takes_too_little_is_told_and_one_that_takes_nothing_is_cut_off() {
+    let app = TestApp::start_with(&["--stall-ms", "8000"]).await;
+    app.agent("noor").await;
+    let mut readers = Vec::new();
+    for pause in [4_300, 8_500] {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.set_recv_buffer_size(64 * 1024).unwrap();
+        let address = app.url.strip_prefix("http://").unwrap();
+        let mut reader = socket.connect(address.parse().unwrap()).await.unwrap();
+        let head = format!(
+            "GET /v1/events HTTP/1.1\r\nhost: polpo\r\nauthorization: Bearer {}\r\nconnection: close\r\n\r\n",
+            app.live
+        );
+        reader.write_all(head.as_bytes()).await.unwrap();
+        let mut start = [0; 15];
+        reader.read_exact(&mut start).await.unwrap();
+        readers.push((pause, reader));
+    }
+    let description = "x".repeat(120_000);
+    for event in 0..100 {
+        let task = json!({"title": format!("{event}"), "description": description, "assignTo": "noor", "draft": true});
+        answer(app.post("/v1/tasks", task)).await;
+    }
+    let since = tokio::time::Instant::now();
+    for (pause, mut reader) in readers {
+        tokio::time::sleep_until(since + Duration::from_millis(pause)).await;
+        let mut text = Vec::new();
+        // It ends by itself, in order or not.
+        let ended = reader.read_to_end(&mut text);
+        let ended = tokio::time::timeout(Duration::from_secs(20), ended).await;
+        assert!(ended.is_ok(), "it went on");
+        let text = String::from_utf8_lossy(&text);
+        assert_eq!(text.contains(": closed: too slow"), pause < 8_000);
+    }
 }

@@ -392,6 +392,8 @@ pub(crate) enum Reply {
     Stream(Vec<Bytes>),
     /// The same, after a while.
     Slow(Duration, Vec<Bytes>),
+    /// The same, after a while during which this is kept: it is dropped before the answer begins, or when its asker leaves.
+    Kept(Arc<dyn std::any::Any + Send + Sync>, Duration, Vec<Bytes>),
     /// The same, then silence.
     Hang(Vec<Bytes>),
     /// The same, then silence until this is notified, then these.
@@ -520,6 +522,15 @@ async fn play(State(upstream): State<Upstream>, headers: HeaderMap, body: Bytes)
                 response.headers_mut().insert(name, value.parse().unwrap());
             }
             return response;
+        }
+        Some(Reply::Kept(kept, pause, said)) => {
+            tokio::time::sleep(pause).await;
+            drop(kept);
+            if whole {
+                Body::from(folded(&said))
+            } else {
+                Body::from_stream(pieces(said))
+            }
         }
         Some(Reply::Slow(pause, said)) => {
             tokio::time::sleep(pause).await;

@@ -19,6 +19,7 @@ mod events;
 mod isolation;
 mod memory;
 mod missions;
+mod places;
 mod platform;
 mod playbooks;
 mod processes;

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use sqlx::{Connection, PgConnection};
 use tokio::sync::Notify;
 
+use crate::assessments::scored;
 use crate::harness::{
     Reply, TestApp, answer, called, chunk, ending, eventually, frames, last_text, results, said,
     spoken,
@@ -210,6 +211,33 @@ async fn what_is_wrong_is_refused_with_a_sentence_and_nothing_is_stored() {
         ("deadline", json!("soon"), "input"),
         ("retryPolicy", json!({"escalateAfter": -1}), "u32"),
         ("title", json!("a\0b"), "NUL"),
+        ("assignTo", json!("x".repeat(201)), "200"),
+        ("group", json!("x".repeat(201)), "200"),
+        ("dependsOn", json!(["x".repeat(501)]), "500"),
+        ("maxDuration", json!(u64::MAX), "at most"),
+        ("deadline", json!("+200000-01-01T00:00:00Z"), "9999"),
+        ("notifications", json!(7), "object"),
+        ("loop", json!([1]), "object"),
+        (
+            "sandbox",
+            json!({"a": "x".repeat(33_000)}),
+            "`sandbox` is too long",
+        ),
+        (
+            "expectations",
+            json!([{"type": "llm_review", "criteria": "x".repeat(33_000)}]),
+            "`expectations` is too long",
+        ),
+        (
+            "expectedOutcomes",
+            json!([{"type": "text", "label": "x".repeat(33_000)}]),
+            "`expectedOutcomes` is too long",
+        ),
+        (
+            "retryPolicy",
+            json!({"escalateModel": "x".repeat(1_100)}),
+            "`retryPolicy` is too long",
+        ),
     ] {
         let mut task = good.clone();
         task[member] = value.clone();
@@ -238,6 +266,12 @@ async fn what_is_wrong_is_refused_with_a_sentence_and_nothing_is_stored() {
         (json!({"assignTo": "ghost"}), 400),
         (json!({"status": "active"}), 400),
         (json!({"maxRetries": 101}), 400),
+        (json!({"retries": 4_294_967_295_u32}), 400),
+        (json!({"assignTo": "x".repeat(201)}), 400),
+        (
+            json!({"expectations": [{"type": "llm_review", "criteria": "x".repeat(33_000)}]}),
+            400,
+        ),
         (json!({"expectations": [{"type": "vibes"}]}), 400),
         (json!({"status": "done"}), 409),
         (json!({"status": "in_progress"}), 409),
@@ -245,6 +279,11 @@ async fn what_is_wrong_is_refused_with_a_sentence_and_nothing_is_stored() {
     ] {
         let (given, body) = answer(app.patch(&format!("/v1/tasks/{id}"), change.clone())).await;
         assert_eq!(given, status, "{change}: {body}");
+    }
+    for deed in ["kill", "force-fail"] {
+        let reason = json!({"reason": "x".repeat(2_001)});
+        let path = format!("/v1/tasks/{id}/{deed}");
+        assert_eq!(answer(app.post(&path, reason)).await.0, 400, "{deed}");
     }
     let untouched = app.read(&id).await;
     assert_eq!(
@@ -795,6 +834,8 @@ async fn a_silent_run_is_warned_of_and_then_stopped() {
         .map(|(_, payload)| payload["action"].clone())
         .collect();
     assert_eq!(actions, [json!("warning"), json!("killed")]);
+    let (_, told) = app.events("task:timeout").await.pop().unwrap();
+    assert_eq!(told["timeout"], 200);
 }
 
 #[tokio::test]
@@ -1148,4 +1189,333 @@ async fn processes_show_what_agents_are_at_and_hide_secrets() {
     );
     answer(app.post(&format!("/v1/tasks/{id}/kill"), json!({}))).await;
     assert_eq!(answer(app.get("/v1/agents/processes")).await.1, json!([]));
+}
+
+#[tokio::test]
+async fn an_agent_that_is_named_by_its_id_is_the_same_agent() {
+    let app = start().await;
+    app.agent("boss").await;
+    let id_of = async |name: &str| {
+        let agent = answer(app.get(&format!("/v1/agents/{name}"))).await.1;
+        agent["id"].as_str().unwrap().to_owned()
+    };
+    let (noor, boss) = (id_of("noor").await, id_of("boss").await);
+    let task = app
+        .task("t", json!({"assignTo": noor, "draft": true}))
+        .await;
+    assert_eq!(app.read(&task).await["assignTo"], "noor");
+    for agent in ["noor", noor.as_str()] {
+        let listed = answer(app.get(&format!("/v1/tasks?assignTo={agent}")))
+            .await
+            .1;
+        assert_eq!(listed.as_array().unwrap().len(), 1, "{agent}");
+    }
+    let path = format!("/v1/tasks/{task}");
+    let (_, changed) = answer(app.patch(&path, json!({"assignTo": boss}))).await;
+    assert_eq!(changed["assignTo"], "boss");
+    // Who has unfinished tasks is told by the same name.
+    assert_eq!(answer(app.delete("/v1/agents/boss")).await.0, 409);
+    let policy = json!({"escalateAfter": 1, "fallbackAgent": boss});
+    app.upstream
+        .will(Reply::Plain(400, vec![], "{}".to_owned()));
+    app.upstream.will_say("Done.");
+    let retried = app.task("retried", json!({"retryPolicy": policy})).await;
+    assert_eq!(app.until(&retried, "done").await["assignTo"], "boss");
+}
+
+#[tokio::test]
+async fn what_was_finished_and_is_not_good_does_not_look_like_a_success() {
+    let app = start().await;
+    answer(app.patch("/v1/config", json!({"maxFixAttempts": 0}))).await;
+    app.upstream.will_say("Here.");
+    let outcomes = json!([{"type": "text", "label": "Notes"}]);
+    let id = app
+        .task("t", json!({"maxRetries": 0, "expectedOutcomes": outcomes}))
+        .await;
+    let result = app.until(&id, "failed").await["result"].clone();
+    assert_eq!(
+        (&result["reason"], &result["exitCode"], &result["stdout"]),
+        (&json!("error"), &json!(1), &json!("Here."))
+    );
+    for member in ["stderr", "cause"] {
+        let said = result[member].as_str().unwrap();
+        assert!(said.contains("\"Notes\""), "{result}");
+    }
+}
+
+#[tokio::test]
+async fn a_failed_task_that_is_put_back_has_its_deadline_watched_again() {
+    let app = start().await;
+    app.upstream
+        .will(Reply::Plain(400, vec![], "{}".to_owned()));
+    let id = app
+        .task(
+            "t",
+            json!({"maxRetries": 0, "deadline": "2099-01-01T00:00:00Z"}),
+        )
+        .await;
+    app.until(&id, "failed").await;
+    app.upstream.will(Reply::Hang(vec![]));
+    let path = format!("/v1/tasks/{id}");
+    let (status, body) = answer(app.patch(&path, json!({"status": "pending"}))).await;
+    assert_eq!(status, 200, "{body}");
+    let mut database = PgConnection::connect(&app.database_url).await.unwrap();
+    let timers: i64 =
+        sqlx::query_scalar("select count(*) from production.jobs where kind = 'deadline'")
+            .fetch_one(&mut database)
+            .await
+            .unwrap();
+    assert_eq!(timers, 1);
+}
+
+#[tokio::test]
+async fn a_need_that_cannot_be_tried_again_is_asked_about_once() {
+    let app = start().await;
+    answer(app.patch("/v1/config", json!({"orchestratorModel": "openai:decider"}))).await;
+    let verdict = json!({"action": "retry", "reason": "r", "description": ""}).to_string();
+    app.upstream
+        .answers(move |_| Reply::Slow(Duration::from_millis(400), said(&verdict)));
+    let first = app.task("first", json!({"draft": true})).await;
+    let second = app.task("second", json!({"dependsOn": [first]})).await;
+    answer(app.post(&format!("/v1/tasks/{first}/kill"), json!({}))).await;
+    eventually("the orchestrator is asked", async || {
+        app.upstream.asked().len() == 1
+    })
+    .await;
+    // Its title is another's before it can come back.
+    app.task("first", json!({"draft": true})).await;
+    let failed = app.until(&second, "failed").await;
+    assert!(
+        failed["result"]["cause"]
+            .as_str()
+            .unwrap()
+            .contains("cannot be tried again"),
+        "{failed}"
+    );
+    assert_eq!(app.upstream.asked().len(), 1);
+}
+
+#[tokio::test]
+async fn a_task_that_the_engine_fails_at_again_and_again_ends_and_says_so() {
+    let app = start().await;
+    app.upstream
+        .will(Reply::Stream(called(&[("c1", "memory_get", &["{}"])])));
+    app.upstream.will(Reply::Hang(vec![]));
+    let id = app.task("long", json!({})).await;
+    eventually("it is asked again", async || {
+        app.upstream.asked().len() == 2
+    })
+    .await;
+    answer(app.post(&format!("/v1/tasks/{id}/pause"), json!({}))).await;
+    // What nothing of ours writes, and nothing of ours can read.
+    let mut database = PgConnection::connect(&app.database_url).await.unwrap();
+    sqlx::raw_sql("update production.steps set body = '{}' where kind = 'model'")
+        .execute(&mut database)
+        .await
+        .unwrap();
+    answer(app.post(&format!("/v1/tasks/{id}/run"), json!({}))).await;
+    let failed = app.until(&id, "failed").await;
+    assert_eq!(failed["result"]["reason"], "error");
+    assert!(
+        failed["result"]["cause"]
+            .as_str()
+            .unwrap()
+            .contains("5 times in a row"),
+        "{failed}"
+    );
+    assert_eq!(app.upstream.asked().len(), 2);
+}
+
+/// What a task's stream says, followed from `run` on; the draft is made by this.
+async fn streamed(app: &TestApp, title: &str, others: Value) -> (String, reqwest::Response) {
+    let mut members = json!({"draft": true});
+    members
+        .as_object_mut()
+        .unwrap()
+        .extend(others.as_object().unwrap().clone());
+    let id = app.task(title, members).await;
+    let request = app.post(&format!("/v1/tasks/{id}/run"), json!({"stream": true}));
+    (id, request.send().await.unwrap())
+}
+
+#[tokio::test]
+async fn a_stream_has_the_last_words_of_a_run_that_is_mended_at_once() {
+    let app = start().await;
+    app.upstream.answers(|request| {
+        let told = last_text(request, "system").contains("\"Notes\".");
+        let arguments = r#"{"type":"text","label":"Notes","text":"abc"}"#;
+        match (told, results(request)) {
+            (false, _) => Reply::Stream(said("Here.")),
+            (true, 0) => Reply::Stream(called(&[("c1", "register_outcome", &[arguments])])),
+            (true, _) => Reply::Slow(Duration::from_millis(50), said("There.")),
+        }
+    });
+    let outcomes = json!({"expectedOutcomes": [{"type": "text", "label": "Notes"}]});
+    let (_, response) = streamed(&app, "notes", outcomes).await;
+    let text = response.text().await.unwrap();
+    assert!(spoken(&frames(&text)).ends_with("There."), "{text}");
+}
+
+#[tokio::test]
+async fn a_task_stream_ends_when_its_key_is_revoked_and_the_task_goes_on() {
+    let app = start().await;
+    app.upstream.will(Reply::Hang(vec![]));
+    let (id, response) = streamed(&app, "t", json!({})).await;
+    app.until(&id, "in_progress").await;
+    let keys = answer(app.admin(
+        Method::GET,
+        &format!("/v1/api-keys?projectId={}", app.project),
+    ))
+    .await
+    .1;
+    let live = |key: &&Value| key["name"] == "live";
+    let key = keys.as_array().unwrap().iter().find(live).unwrap()["id"].clone();
+    let path = format!("/v1/api-keys/{}", key.as_str().unwrap());
+    assert!(
+        answer(app.admin(Method::DELETE, &path))
+            .await
+            .0
+            .is_success()
+    );
+    let text = tokio::time::timeout(Duration::from_secs(8), response.text());
+    let text = text.await.expect("it goes on").unwrap();
+    assert!(
+        text.contains("invalid_api_key") || text.contains("API key"),
+        "{text}"
+    );
+    assert!(!app.upstream.was_left());
+}
+
+#[tokio::test]
+async fn a_killed_task_leaves_its_reviewers_at_once() {
+    let app = start().await;
+    app.upstream.will_say("Work.");
+    app.upstream.answers(|_| Reply::Hang(vec![]));
+    let expectations = json!([{"type": "llm_review", "criteria": "c"}]);
+    let id = app.task("t", json!({"expectations": expectations})).await;
+    eventually("reviewers are asked", async || {
+        app.upstream.asked().len() == 4
+    })
+    .await;
+    answer(app.post(&format!("/v1/tasks/{id}/kill"), json!({}))).await;
+    let since = std::time::Instant::now();
+    eventually("they are left", async || app.upstream.was_left()).await;
+    assert!(since.elapsed() < Duration::from_secs(1));
+}
+
+/// Waits until another process has done a task, and returns it.
+async fn done_elsewhere(app: &TestApp, url: &str, id: &str) -> Value {
+    for _ in 0..400 {
+        let request = app
+            .client
+            .get(format!("{url}/v1/tasks/{id}"))
+            .bearer_auth(&app.live);
+        let task = answer(request).await.1;
+        if task["status"] == "done" {
+            return task;
+        }
+        tokio::time::sleep(Duration::from_millis(25)).await;
+    }
+    panic!("it was never done");
+}
+
+#[tokio::test]
+async fn a_call_that_had_not_begun_when_the_server_stopped_is_not_in_doubt() {
+    let app = start().await;
+    let arguments = r#"{"content":"once"}"#;
+    app.upstream.will(Reply::Slow(
+        Duration::from_millis(300),
+        called(&[("c1", "memory_append", &[arguments])]),
+    ));
+    app.upstream.will_say("Done.");
+    let id = app.task("t", json!({})).await;
+    eventually("it is at work", async || app.upstream.asked().len() == 1).await;
+    app.stop.cancel();
+    let elsewhere = app.another_process().await;
+    done_elsewhere(&app, &elsewhere, &id).await;
+    let memory = app
+        .client
+        .get(format!("{elsewhere}/v1/memory/agent/noor"))
+        .bearer_auth(&app.live);
+    let memory = answer(memory).await.1["content"].clone();
+    assert_eq!(memory.as_str().unwrap().matches("once").count(), 1);
+    let asked = app.upstream.asked();
+    assert_eq!(asked.len(), 2);
+    assert!(!last_text(&asked[1], "tool").contains("Interrupted"));
+}
+
+#[tokio::test]
+async fn a_server_that_stops_begins_no_review() {
+    let app = start().await;
+    app.upstream
+        .will(Reply::Slow(Duration::from_millis(300), said("Work.")));
+    app.upstream.answers(|request| scored(request, 5.0));
+    let expectations = json!([{"type": "llm_review", "criteria": "c"}]);
+    let id = app.task("t", json!({"expectations": expectations})).await;
+    eventually("it is at work", async || app.upstream.asked().len() == 1).await;
+    app.stop.cancel();
+    let mut database = PgConnection::connect(&app.database_url).await.unwrap();
+    let rests = "select count(*) from production.jobs j join production.tasks t on t.id = j.subject
+        where t.status = 'review' and j.ready";
+    loop {
+        let count: i64 = sqlx::query_scalar(rests)
+            .fetch_one(&mut database)
+            .await
+            .unwrap();
+        if count == 1 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(app.upstream.asked().len(), 1);
+    let elsewhere = app.another_process().await;
+    done_elsewhere(&app, &elsewhere, &id).await;
+    assert_eq!(app.upstream.asked().len(), 4);
+}
+
+#[tokio::test]
+async fn what_questions_rewrites_and_useless_reviews_used_is_recorded() {
+    let app = start().await;
+    let levels = json!([{"level": 1, "handler": "orchestrator"}]);
+    let settings = json!({"escalationPolicy": {"levels": levels}, "orchestratorModel": "openai:decider",
+        "judgeModel": "openai:judge", "maxFixAttempts": 0, "maxAssessmentRetries": 0});
+    assert_eq!(answer(app.patch("/v1/config", settings)).await.0, 200);
+    app.upstream.answers(|request| {
+        let words = match request["model"].as_str() {
+            // It is asked about the question, then to rewrite the description.
+            Some("decider") => {
+                r#"{"question":false,"answer":"","description":"Do it again, and better this time."}"#
+            }
+            Some("judge") => "Hm.",
+            _ => "Is it good?",
+        };
+        Reply::Stream(said(words))
+    });
+    let expectations = json!([{"type": "llm_review", "criteria": "c"}]);
+    let id = app
+        .task("t", json!({"maxRetries": 0, "expectations": expectations}))
+        .await;
+    app.until(&id, "failed").await;
+    let mut database = PgConnection::connect(&app.database_url).await.unwrap();
+    let recorded: Vec<(String, i64)> = sqlx::query_as(
+        "select model, sum(prompt_tokens)::bigint from production.model_calls group by 1 order by 1",
+    )
+    .fetch_all(&mut database)
+    .await
+    .unwrap();
+    // Each request of the upstream is 11 tokens long.
+    let asked = |model: &str| {
+        let asked = app.upstream.asked();
+        let count = asked.iter().filter(|request| request["model"] == model);
+        11 * i64::try_from(count.count()).unwrap()
+    };
+    assert_eq!(
+        recorded,
+        [
+            ("openai:decider".to_owned(), asked("decider")),
+            ("openai:judge".to_owned(), asked("judge")),
+            ("openai:scripted".to_owned(), asked("scripted")),
+        ]
+    );
+    assert!(asked("decider") > 0 && asked("judge") > 0);
 }

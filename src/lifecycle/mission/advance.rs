@@ -93,12 +93,12 @@ pub(super) async fn open_again(
     tx.save_mission_run(run, None).await?;
     if let Some(deadline) = run.deadline {
         let pause = next_look(deadline, run.started_at, run.sla_warned, now);
-        tx.enqueue(Job::MissionDeadline(mission.id), URGENT, pause)
+        tx.enqueue(Job::MissionDeadline(mission.id), 1.0, pause)
             .await?;
     }
     for delay in tx.begun_delays(run.place).await? {
         let left = delay.expires_at.map(|at| crate::store::until(at, now));
-        tx.enqueue(Job::Delay(delay.id), URGENT, left.unwrap_or_default())
+        tx.enqueue(Job::Delay(delay.id), 1.0, left.unwrap_or_default())
             .await?;
     }
     mission.go(Status::Active, None)?;
@@ -108,9 +108,6 @@ pub(super) async fn open_again(
     }
     Ok(())
 }
-
-/// Timers go before tasks: they take no time.
-pub(super) const URGENT: f64 = 1e9;
 
 /// Why a barrier pauses its mission, in a sentence.
 pub(super) fn pauses(barrier: &BarrierRow) -> String {
@@ -157,7 +154,7 @@ async fn begin_delay(
     barrier.reached_at = Some(now);
     barrier.expires_at = Some(expires_at);
     tx.save_barrier(&barrier).await?;
-    tx.enqueue(Job::Delay(barrier.id), URGENT, pause).await?;
+    tx.enqueue(Job::Delay(barrier.id), 1.0, pause).await?;
     let document = &barrier.document;
     mission.tell(
         "delay:started",

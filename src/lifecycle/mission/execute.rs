@@ -8,7 +8,6 @@ use serde_json::{Value, json};
 
 use super::super::approve::request_approval;
 use super::super::{LifecycleError, Result};
-use super::advance::URGENT;
 use super::{next_look, wrong_state};
 use crate::ids::{self, Id};
 use crate::mission::{Document, Mission, Plan, Status, TaskDefinition, Team, group};
@@ -126,7 +125,7 @@ pub(in super::super) async fn begin_run(
     let tasks = made.create(tx, now).await?;
     if let Some(deadline) = deadline {
         let pause = next_look(deadline, now, false, now);
-        tx.enqueue(Job::MissionDeadline(mission.id), URGENT, pause)
+        tx.enqueue(Job::MissionDeadline(mission.id), 1.0, pause)
             .await?;
     }
     mission.go(Status::Active, None)?;

@@ -4,7 +4,6 @@ use chrono::{DateTime, Utc};
 use serde_json::json;
 
 use super::super::Result;
-use super::advance::URGENT;
 use super::next_look;
 use crate::event::timestamp;
 use crate::ids::{self, Id};
@@ -59,7 +58,7 @@ pub(super) async fn finish(
     if let Some(mut schedule) = schedule.filter(|schedule| schedule.queued) {
         schedule.queued = false;
         tx.save_schedule(&mut schedule).await?;
-        tx.enqueue(Job::Schedule(schedule.id), URGENT, super::super::NOW)
+        tx.enqueue(Job::Schedule(schedule.id), 1.0, super::super::NOW)
             .await?;
     }
     dismiss_team(tx, db, &run).await

@@ -1,0 +1,252 @@
+//! Places: how many tasks an agent and a project have at once, and that whoever waits for one gets it.
+
+use std::sync::Arc;
+
+use polpo::store::{Topic, World};
+use reqwest::Method;
+use serde_json::{Value, json};
+use sqlx::{Connection, PgConnection};
+use tokio::sync::Notify;
+
+use crate::harness::{Reply, TestApp, answer, called, eventually, last_text, results, said};
+
+/// A server whose agent `noor` has one place, and `boss` many. Tasks whose title begins with "hang" never end.
+async fn start() -> TestApp {
+    let app = TestApp::start_with(&["--retry-backoff-ms", "1"]).await;
+    app.agent("noor").await;
+    app.agent("boss").await;
+    let (status, body) = answer(app.patch("/v1/agents/noor", json!({"maxConcurrency": 1}))).await;
+    assert_eq!(status, 200, "{body}");
+    app.upstream.answers(|request| {
+        if last_text(request, "user").contains("hang") {
+            Reply::Hang(vec![])
+        } else {
+            Reply::Stream(said("Done."))
+        }
+    });
+    app
+}
+
+async fn configure(app: &TestApp, settings: Value) {
+    let (status, body) = answer(app.patch("/v1/config", settings)).await;
+    assert_eq!(status, 200, "{body}");
+}
+
+/// Waits until so many jobs wait for a place of an agent.
+async fn parked(app: &TestApp, agent: &str, count: i64) {
+    let mut database = PgConnection::connect(&app.database_url).await.unwrap();
+    for _ in 0..400 {
+        let waiting: i64 =
+            sqlx::query_scalar("select count(*) from production.jobs where parked_on = $1")
+                .bind(agent)
+                .fetch_one(&mut database)
+                .await
+                .unwrap();
+        if waiting == count {
+            return;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+    panic!("there were never {count} jobs that wait for {agent}");
+}
+
+/// The request that a task waits for, answered with yes.
+async fn approve(app: &TestApp, task: &str) {
+    app.until(task, "awaiting_approval").await;
+    let path = format!("/v1/approvals?taskId={task}&status=pending");
+    let request = answer(app.get(&path)).await.1[0]["id"].clone();
+    let path = format!("/v1/approvals/{}/approve", request.as_str().unwrap());
+    assert_eq!(answer(app.post(&path, json!({}))).await.0, 200);
+}
+
+#[tokio::test]
+async fn a_task_that_changes_hands_frees_the_place_of_the_agent_that_had_it() {
+    let app = start().await;
+    let go_on = Arc::new(Notify::new());
+    // The first attempt fails when it may; the second, by another agent, never ends.
+    app.upstream.will(Reply::Pause(
+        vec![],
+        go_on.clone(),
+        vec![axum::body::Bytes::from_static(
+            b"data: {\"error\":{\"message\":\"no\"}}\n\n",
+        )],
+    ));
+    let policy = json!({"escalateAfter": 1, "fallbackAgent": "boss"});
+    let first = app.task("hang", json!({"retryPolicy": policy})).await;
+    eventually("it is at work", async || app.upstream.asked().len() == 1).await;
+    let second = app.task("second", json!({})).await;
+    parked(&app, "noor", 1).await;
+    go_on.notify_waiters();
+    app.until(&second, "done").await;
+    assert_eq!(app.read(&first).await["assignTo"], "boss");
+}
+
+#[tokio::test]
+async fn an_escalation_in_the_middle_of_a_run_frees_the_place() {
+    let app = start().await;
+    let levels = json!([
+        {"level": 1, "handler": "orchestrator", "timeoutMs": 400},
+        {"level": 2, "handler": "agent", "target": "boss"},
+    ]);
+    let policy = json!({"levels": levels});
+    configure(
+        &app,
+        json!({"escalationPolicy": policy, "orchestratorModel": "openai:decider"}),
+    )
+    .await;
+    app.upstream
+        .will(Reply::Plain(400, vec![], "{}".to_owned()));
+    let words = json!({"description": "Do it again, and hang on to it."}).to_string();
+    app.upstream.will(Reply::Stream(said(&words)));
+    let first = app.task("first", json!({"maxRetries": 0})).await;
+    eventually("it is at work again", async || {
+        app.upstream.asked().len() == 3
+    })
+    .await;
+    let second = app.task("second", json!({})).await;
+    app.until(&second, "done").await;
+    assert_eq!(app.read(&first).await["assignTo"], "boss");
+}
+
+#[tokio::test]
+async fn a_place_that_the_next_one_cannot_use_goes_to_the_one_after() {
+    let app = start().await;
+    let gate = json!({"id": "g", "name": "G", "handler": "human", "hook": "task:spawn",
+        "condition": {"expression": "task.title == 'gated'"}});
+    configure(&app, json!({"approvalGates": [gate]})).await;
+    let first = app.task("hang", json!({})).await;
+    eventually("it is at work", async || app.upstream.asked().len() == 1).await;
+    let gated = app.task("gated", json!({"priority": 9})).await;
+    let last = app.task("last", json!({})).await;
+    parked(&app, "noor", 2).await;
+    answer(app.post(&format!("/v1/tasks/{first}/kill"), json!({}))).await;
+    app.until(&last, "done").await;
+    assert_eq!(app.read(&gated).await["status"], "awaiting_approval");
+}
+
+#[tokio::test]
+async fn a_task_that_waits_for_a_place_and_is_given_to_another_agent_begins() {
+    let app = start().await;
+    app.task("hang", json!({})).await;
+    eventually("it is at work", async || app.upstream.asked().len() == 1).await;
+    let waiting = app.task("waiting", json!({})).await;
+    parked(&app, "noor", 1).await;
+    answer(app.patch(&format!("/v1/tasks/{waiting}"), json!({"assignTo": "boss"}))).await;
+    app.until(&waiting, "done").await;
+}
+
+#[tokio::test]
+async fn a_lost_wake_up_is_made_good() {
+    let app = start().await;
+    let first = app.task("hang", json!({})).await;
+    eventually("it is at work", async || app.upstream.asked().len() == 1).await;
+    let waiting = app.task("waiting", json!({})).await;
+    parked(&app, "noor", 1).await;
+    let db = &app.app.db;
+    assert_eq!(db.wake_parked_jobs(World::Live).await.unwrap(), 0);
+    // Whoever had the place is gone, and has woken nobody.
+    let mut database = PgConnection::connect(&app.database_url).await.unwrap();
+    sqlx::raw_sql("update production.tasks set status = 'failed' where title = 'hang'")
+        .execute(&mut database)
+        .await
+        .unwrap();
+    assert_eq!(app.read(&first).await["status"], "failed");
+    assert_eq!(db.wake_parked_jobs(World::Live).await.unwrap(), 1);
+    db.ring(Topic::Jobs(World::Live));
+    app.until(&waiting, "done").await;
+}
+
+#[tokio::test]
+async fn a_yes_does_not_begin_a_task_before_what_it_needs() {
+    let app = start().await;
+    let gate = json!({"id": "g", "name": "G", "handler": "human", "hook": "task:create",
+        "condition": {"expression": "task.title == 'gated'"}});
+    configure(&app, json!({"approvalGates": [gate]})).await;
+    let first = app.task("first", json!({"draft": true})).await;
+    let gated = app.task("gated", json!({"dependsOn": [first]})).await;
+    approve(&app, &gated).await;
+    app.until(&gated, "pending").await;
+    // It takes nobody's place while it waits.
+    let other = app.task("other", json!({})).await;
+    app.until(&other, "done").await;
+    answer(app.post(&format!("/v1/tasks/{first}/queue"), json!({}))).await;
+    app.until(&gated, "done").await;
+}
+
+#[tokio::test]
+async fn a_yes_does_not_make_room() {
+    let app = start().await;
+    let gate = json!({"id": "g", "name": "G", "handler": "human", "hook": "task:spawn",
+        "condition": {"expression": "task.title == 'gated'"}});
+    configure(&app, json!({"approvalGates": [gate]})).await;
+    let gated = app.task("gated", json!({})).await;
+    app.until(&gated, "awaiting_approval").await;
+    let busy = app.task("hang", json!({})).await;
+    eventually("it is at work", async || app.upstream.asked().len() == 1).await;
+    approve(&app, &gated).await;
+    parked(&app, "noor", 1).await;
+    assert_eq!(app.upstream.asked().len(), 1);
+    answer(app.post(&format!("/v1/tasks/{busy}/kill"), json!({}))).await;
+    app.until(&gated, "done").await;
+}
+
+#[tokio::test]
+async fn a_deadline_is_kept_while_every_place_is_taken() {
+    let app = TestApp::start_with(&["--worker-slots", "1"]).await;
+    app.agent("noor").await;
+    configure(&app, json!({"violationAction": "fail"})).await;
+    app.upstream.answers(|_| Reply::Hang(vec![]));
+    let soon = (chrono::Utc::now() + std::time::Duration::from_millis(600)).to_rfc3339();
+    let busy = app
+        .task("busy", json!({"priority": 9, "deadline": soon}))
+        .await;
+    let failed = app.until(&busy, "failed").await;
+    assert_eq!(failed["result"]["reason"], "deadline");
+}
+
+#[tokio::test]
+async fn the_work_of_a_suspended_project_rests_until_it_is_active_again() {
+    let app = TestApp::start().await;
+    app.agent("noor").await;
+    app.upstream.answers(|request| {
+        let words = if results(request) < 3 {
+            called(&[("c", "memory_get", &["{}"])])
+        } else {
+            said("Done.")
+        };
+        Reply::Slow(std::time::Duration::from_millis(200), words)
+    });
+    let task = app.task("long", json!({})).await;
+    eventually("it is at work", async || app.upstream.asked().len() == 1).await;
+    let status = async |status: &str| {
+        let path = format!("/v1/projects/{}", app.project);
+        let request = app
+            .admin(Method::PATCH, &path)
+            .json(&json!({"status": status}));
+        assert_eq!(answer(request).await.0, 200);
+    };
+    status("suspended").await;
+    parked(&app, "/suspended", 1).await;
+    assert_eq!(app.upstream.asked().len(), 1);
+    status("active").await;
+    app.until(&task, "done").await;
+    assert_eq!(app.upstream.asked().len(), 4);
+}
+
+#[tokio::test]
+async fn a_process_without_its_lock_claims_nothing() {
+    let app = TestApp::start_with(&["--role-of-test", "api"]).await;
+    app.agent("noor").await;
+    app.upstream.answers(|_| Reply::Stream(said("Done.")));
+    let mut database = PgConnection::connect(&app.database_url).await.unwrap();
+    let away = "alter function pg_catalog.pg_advisory_lock(bigint) rename to away";
+    sqlx::raw_sql(away).execute(&mut database).await.unwrap();
+    let task = app.task("early", json!({})).await;
+    app.another_process().await;
+    // Longer than it takes to look a few times.
+    tokio::time::sleep(std::time::Duration::from_millis(1_200)).await;
+    assert_eq!(app.upstream.asked().len(), 0);
+    let back = "alter function pg_catalog.away(bigint) rename to pg_advisory_lock";
+    sqlx::raw_sql(back).execute(&mut database).await.unwrap();
+    app.until(&task, "done").await;
+}
