@@ -21,6 +21,8 @@ const MOST_BARRIERS: usize = 200;
 const MOST_MEMBERS: usize = 50;
 /// The longest title or name, in characters.
 const NAME: usize = 500;
+/// Where the order of the tasks is set, beside the tasks' own addresses.
+const REORDER: &str = "reorder";
 /// The longest description, in bytes: every event of a task shows it.
 const DESCRIPTION: usize = 128 * 1024;
 /// The longest prompt, in bytes, and the largest `data`: every task's model reads both.
@@ -86,8 +88,12 @@ impl TaskDefinition {
         if let Err(error) = refuse_metrics(&metrics) {
             reader.fault_as_told(&error);
         }
+        let title = reader.needed_text("title", NAME);
+        if title == REORDER {
+            reader.fault("title", "\"reorder\" is a word of the API: choose another");
+        }
         Self {
-            title: reader.needed_text("title", NAME),
+            title,
             assign_to: reader.needed_text("assignTo", NAME),
             depends_on: reader.texts("dependsOn").unwrap_or_default(),
             max_retries: reader

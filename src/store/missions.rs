@@ -988,7 +988,8 @@ impl ProjectTx {
         Ok(stored.into_iter().map(StoredTask::into_task).collect())
     }
 
-    /// Stores tasks that were ended together, calls off what is owed for them, ends their runs and stops those under way.
+    /// Stores tasks that were ended together, calls off what is owed for them, ends their runs and stops those under way. Their
+    /// requests for approval are withdrawn before.
     ///
     /// # Errors
     /// When the database refuses.
@@ -1014,17 +1015,11 @@ impl ProjectTx {
         .execute(&mut *self.tx)
         .await?;
         sqlx::query!(
-            "with withdrawn as (
-                update approvals
-                set status = 'rejected', resolved_at = clock_timestamp(), resolved_by = 'engine', note = 'The mission ended.'
-                where project_id = $1 and task_id = any($2) and status = 'pending'
-                returning id
-            ), stopped as (
+            "with stopped as (
                 update runs set status = 'interrupted', ended_at = clock_timestamp()
                 where project_id = $1 and task_id = any($2) and status = 'running'
             )
-            delete from jobs
-            where project_id = $1 and (subject = any($2) or subject in (select id from withdrawn))",
+            delete from jobs where project_id = $1 and subject = any($2)",
             self.db.project,
             &ids
         )

@@ -5,6 +5,7 @@ use serde_json::json;
 
 use super::ask::{Question, ask};
 use super::question::orchestrator;
+use super::task::rests_in_mission;
 use super::{Held, Result, WorkError};
 use crate::event::Event;
 use crate::ids::{self, Id};
@@ -35,10 +36,12 @@ pub(super) async fn resolve(held: &Held, id: Id<ids::Task>) -> Result<()> {
     let db = &held.lease.db;
     let settings = db.settings().await?;
     let task = db.task(id).await?;
-    if let Some(place) = task.mission
-        && rests(held, id, place.mission).await?
-    {
-        return Ok(());
+    if task.mission.is_some() {
+        // People may look first at what holds it back.
+        let mut tx = db.begin().await?;
+        if rests_in_mission(held, &mut tx, &task).await? {
+            return Ok(tx.commit().await?);
+        }
     }
     let needs = db.needs(id).await?;
     let failed = needs
@@ -74,22 +77,6 @@ pub(super) async fn resolve(held: &Held, id: Id<ids::Task>) -> Result<()> {
     }
     tx.commit().await?;
     Ok(())
-}
-
-/// Whether a task of a mission is not to be judged yet: something holds it back that people may look at first, or nothing of the
-/// mission goes on.
-async fn rests(held: &Held, id: Id<ids::Task>, mission: Id<ids::Mission>) -> Result<bool> {
-    let mut tx = held.lease.db.begin().await?;
-    if tx.is_held_back(id).await? {
-        // Whatever lets it go owes the verdict again.
-        tx.complete(&held.lease).await?;
-    } else if tx.is_paused(mission).await? {
-        tx.park_for_mission(&held.lease, mission).await?;
-    } else {
-        return Ok(false);
-    }
-    tx.commit().await?;
-    Ok(true)
 }
 
 /// The task, and what it needs that has failed, all held in the order of their ids.

@@ -11,7 +11,7 @@ use crate::app::{self, ModelError};
 use crate::ids::{self, Id};
 use crate::lifecycle::{self, Aftermath, complete};
 use crate::llm::Provider;
-use crate::store::{AgentRow, Job, ProjectTx, StoreError};
+use crate::store::{AgentRow, Job, ProjectDb, ProjectTx, StoreError};
 use crate::task::{
     Bypass, EndReason, Gate, Hook, Phase, Settings, Status, Task, TaskResult, backoff, context,
 };
@@ -103,15 +103,9 @@ async fn start(
         tx.complete(&held.lease).await?;
         return Ok(Start::Rests);
     }
-    if let Some(place) = task.mission {
-        if tx.is_held_back(task.id).await? {
-            tx.complete(&held.lease).await?;
-            return Ok(Start::Rests);
-        }
-        if tx.is_paused(place.mission).await? {
-            tx.park_for_mission(&held.lease, place.mission).await?;
-            return Ok(Start::Rests);
-        }
+    if rests_in_mission(held, tx, &task).await? {
+        let_others(tx, db, &mut task).await?;
+        return Ok(Start::Rests);
     }
     if !task.document.depends_on.is_empty() {
         let unmet = tx.unmet_needs(task.id).await?;
@@ -124,12 +118,7 @@ async fn start(
                     .await?;
             }
             tx.complete(&held.lease).await?;
-            // An approved task waits for what it needs like any other; and a place that it was woken for is another's.
-            if task.bypass(Bypass::Released) {
-                lifecycle::save(tx, db, &mut task).await?;
-            } else {
-                lifecycle::leave(tx, db, &task.assign_to).await?;
-            }
+            let_others(tx, db, &mut task).await?;
             return Ok(Start::Rests);
         }
     }
@@ -178,6 +167,33 @@ async fn start(
     spawn(tx, &mut task, &agent).await?;
     lifecycle::save(tx, db, &mut task).await?;
     Ok(Start::Go(Box::new(task)))
+}
+
+/// Whether a task of a mission cannot begin: something holds it back, or the mission is paused. Its job is settled then.
+pub(super) async fn rests_in_mission(held: &Held, tx: &mut ProjectTx, task: &Task) -> Result<bool> {
+    let Some(place) = task.mission else {
+        return Ok(false);
+    };
+    if tx.is_held_back(task.id).await? {
+        // Whatever lets it go owes the job again.
+        tx.complete(&held.lease).await?;
+        return Ok(true);
+    }
+    let paused = tx.is_paused(place.mission).await?;
+    if paused {
+        tx.park_for_mission(&held.lease, place.mission).await?;
+    }
+    Ok(paused)
+}
+
+/// An approved task waits for what it needs like any other; and a place that it was woken for is another's.
+async fn let_others(tx: &mut ProjectTx, db: &ProjectDb, task: &mut Task) -> Result<()> {
+    if task.bypass(Bypass::Released) {
+        lifecycle::save(tx, db, task).await?;
+    } else {
+        lifecycle::leave(tx, db, &task.assign_to).await?;
+    }
+    Ok(())
 }
 
 fn illegal<T>(step: std::result::Result<T, crate::task::IllegalStep>) -> Result<T> {

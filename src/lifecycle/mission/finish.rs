@@ -3,7 +3,7 @@
 use chrono::{DateTime, Utc};
 use serde_json::json;
 
-use super::super::Result;
+use super::super::{Result, withdraw};
 use super::next_look;
 use crate::event::timestamp;
 use crate::ids::{self, Id};
@@ -11,7 +11,7 @@ use crate::mission::{Mission, Status, TaskEnd, Verdict, report};
 use crate::store::{
     Job, Lease, MissionRunRow, ProjectDb, ProjectTx, ScheduleRow, StoreError, TaskFilter,
 };
-use crate::task::{Bypass, Cleanup, EndReason, Place, Task, TaskResult};
+use crate::task::{Bypass, Cleanup, EndReason, Place, Status as TaskStatus, Task, TaskResult};
 
 /// Ends a run whose tasks have all ended. The run must be held. `trouble` says why it ended when its tasks do not.
 pub(super) async fn finish(
@@ -116,6 +116,9 @@ pub(super) async fn end_tasks(
     for task in &mut *tasks {
         let before = task.document.result.take();
         task.document.result = Some(TaskResult::without_answer(reason, sentence, None, before));
+        if task.status() == TaskStatus::AwaitingApproval {
+            withdraw(tx, task).await?;
+        }
         task.bypass(Bypass::Stopped);
     }
     tx.save_ended_tasks(tasks).await?;
