@@ -406,6 +406,14 @@ impl Document {
     /// # Errors
     /// Every fault, each with its place.
     pub fn parse(members: &Map<String, Value>) -> Result<Self, Vec<String>> {
+        match Self::read(members) {
+            (document, faults) if faults.is_empty() => Ok(document),
+            (_, faults) => Err(faults),
+        }
+    }
+
+    /// Reads as much of a definition as can be read, and every fault of the rest.
+    pub(super) fn read(members: &Map<String, Value>) -> (Self, Vec<String>) {
         let mut faults = Vec::new();
         let mut reader = Reader::new(String::new(), members, &mut faults);
         let prompt = reader.text("prompt", usize::MAX);
@@ -463,11 +471,7 @@ impl Document {
             }
         }
         document.team = team.and_then(|team| Team::read(team, &mut faults));
-        if faults.is_empty() {
-            Ok(document)
-        } else {
-            Err(faults)
-        }
+        (document, faults)
     }
 
     /// Puts the members of a document that came as a text in `data` in their places (contract 2.8.1): what stands

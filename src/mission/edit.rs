@@ -25,11 +25,20 @@ impl Document {
     /// Reads a definition and checks its graph.
     ///
     /// # Errors
-    /// Every fault.
+    /// Every fault, of its members and of the graph.
     pub fn check(members: &Map<String, Value>) -> std::result::Result<(Self, Plan), Vec<String>> {
-        let document = Self::parse(members)?;
-        let plan = Plan::new(&document)?;
-        Ok((document, plan))
+        let (document, mut faults) = Self::read(members);
+        if document.tasks.is_empty() && !faults.is_empty() {
+            return Err(faults);
+        }
+        match Plan::new(&document) {
+            Ok(plan) if faults.is_empty() => Ok((document, plan)),
+            Ok(_) => Err(faults),
+            Err(found) => {
+                faults.extend(found);
+                Err(faults)
+            }
+        }
     }
 
     /// Adds a task.

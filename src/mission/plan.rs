@@ -41,7 +41,8 @@ impl Plan {
         }
         let mut titles: HashMap<&str, usize> = HashMap::new();
         for (index, task) in document.tasks.iter().enumerate() {
-            if titles.insert(&task.title, index).is_some() {
+            // One without a title is a fault already.
+            if !task.title.is_empty() && titles.insert(&task.title, index).is_some() {
                 faults.push(format!(
                     "tasks[{index}].title: \"{}\" occurs twice",
                     task.title
@@ -124,7 +125,7 @@ fn barriers(
     let mut all = Vec::with_capacity(document.barriers.len());
     for barrier in &document.barriers {
         let place = format!("{} \"{}\"", barrier.list().member(), barrier.name);
-        if !names.insert((barrier.list(), &barrier.name)) {
+        if !barrier.name.is_empty() && !names.insert((barrier.list(), &barrier.name)) {
             faults.push(format!("{place}: the name occurs twice"));
         }
         let mut found = |member: &str, named: &[String]| -> Vec<usize> {

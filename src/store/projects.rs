@@ -229,6 +229,13 @@ impl ProjectDb {
         sqlx::query!("delete from tasks where project_id = $1", self.project)
             .execute(&mut *tx)
             .await?;
+        // Runs, barriers and schedules go with them.
+        sqlx::query!("delete from missions where project_id = $1", self.project)
+            .execute(&mut *tx)
+            .await?;
+        sqlx::query!("delete from playbooks where project_id = $1", self.project)
+            .execute(&mut *tx)
+            .await?;
         sqlx::query!("delete from events where project_id = $1", self.project)
             .execute(&mut *tx)
             .await?;

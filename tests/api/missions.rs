@@ -19,7 +19,7 @@ fn tasks(needs: &[(&str, &[&str])]) -> Value {
 
 impl TestApp {
     /// A server with an agent whose model says what it was asked.
-    async fn with_noor(settings: &[&str]) -> Self {
+    pub(crate) async fn with_noor(settings: &[&str]) -> Self {
         let app = Self::start_with(settings).await;
         app.agent("noor").await;
         app.upstream.answers(|request| {
@@ -177,7 +177,8 @@ async fn every_fault_of_a_definition_is_told_at_once_and_nothing_is_stored() {
     let app = TestApp::with_noor(&[]).await;
     let faulty = json!({"qualityThreshold": 9, "status": "active", "endDate": "2030-01-01T00:00:00Z",
         "team": [{"name": "a b", "maxTurns": "x"}],
-        "tasks": [{"title": "A", "description": "a", "assignTo": "noor", "dependsOn": ["B"]}, {"title": "A"}]});
+        "tasks": [{"title": "A", "description": "a", "assignTo": "noor", "dependsOn": ["B"]}, {"title": "A"}],
+        "checkpoints": [{"name": "c", "afterTasks": ["X"], "blocksTasks": ["A"]}]});
     let (status, body) = answer(app.post("/v1/missions", faulty)).await;
     assert_eq!(
         (status, &body["code"]),
@@ -196,6 +197,9 @@ async fn every_fault_of_a_definition_is_told_at_once_and_nothing_is_stored() {
         "qualityThreshold",
         "tasks[1].description",
         "tasks[1].assignTo",
+        "tasks[1].title: \"A\" occurs twice",
+        "tasks[0].dependsOn: there is no task \"B\"",
+        "checkpoints \"c\".afterTasks: there is no task \"X\"",
     ] {
         assert!(
             details.iter().any(|detail| detail.starts_with(part)),

@@ -1,5 +1,6 @@
 use reqwest::Method;
 use serde_json::{Value, json};
+use sqlx::{Connection, PgConnection};
 
 use crate::harness::{TestApp, answer, eventually};
 
@@ -212,5 +213,63 @@ async fn the_platform_refuses_what_is_wrong_by_name() {
         let (answered, text) = answer(request).await;
         assert_eq!(answered, status, "{method} {path} {body}: {text}");
         assert!(text["error"].is_string() && text["code"].is_string());
+    }
+}
+
+#[tokio::test]
+async fn a_deleted_project_leaves_no_row_behind() {
+    let app = TestApp::start().await;
+    app.agent("noor").await;
+    app.upstream
+        .answers(|_| crate::harness::Reply::Stream(crate::harness::said("Done.")));
+    app.chat(json!({"agent": "noor", "messages": [{"role": "user", "content": "hi"}]}))
+        .send()
+        .await
+        .unwrap();
+    let tasks = json!([{"title": "A", "description": "a", "assignTo": "noor"}, {"title": "B", "description": "b", "assignTo": "noor", "dependsOn": ["A"]}]);
+    let barrier = json!([{"name": "b", "afterTasks": ["A"], "blocksTasks": ["B"]}]);
+    let mission = json!({"tasks": tasks, "checkpoints": barrier, "schedule": "0 0 1 1 *"});
+    let mission = app.mission("m", mission).await;
+    app.execute(&mission).await;
+    app.mission_until(&mission, "paused").await;
+    for (path, body) in [
+        (
+            "/v1/playbooks",
+            json!({"name": "p", "description": "p", "mission": {"tasks": tasks}}),
+        ),
+        (
+            "/v1/webhooks",
+            json!({"url": "http://127.0.0.1:9/", "events": ["*"]}),
+        ),
+        (
+            "/v1/tasks",
+            json!({"title": "T", "description": "t", "assignTo": "noor"}),
+        ),
+    ] {
+        assert_eq!(answer(app.post(path, body)).await.0, 201, "{path}");
+    }
+    answer(
+        app.request(Method::PUT, "/v1/memory")
+            .json(&json!({"content": "m"})),
+    )
+    .await;
+    let path = format!("/v1/projects/{}", app.project);
+    assert_eq!(answer(app.admin(Method::DELETE, &path)).await.0, 200);
+    let mut database = PgConnection::connect(&app.database_url).await.unwrap();
+    let tables: Vec<(String,)> = sqlx::query_as(
+        "select table_name::text from information_schema.columns
+        where table_schema = 'production' and column_name = 'project_id' and table_name <> 'changes' order by 1",
+    )
+    .fetch_all(&mut database)
+    .await
+    .unwrap();
+    assert!(tables.len() > 20, "{tables:?}");
+    for (table,) in tables {
+        let count = format!("select count(*) from production.{table}");
+        let (left,): (i64,) = sqlx::query_as(sqlx::AssertSqlSafe(count))
+            .fetch_one(&mut database)
+            .await
+            .unwrap();
+        assert_eq!(left, 0, "{table}");
     }
 }
