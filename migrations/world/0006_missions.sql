@@ -27,7 +27,7 @@ create table mission_runs (
     -- The schedule that began it.
     schedule_id uuid,
     -- What its tasks are told: the mission's name, prompt and data.
-    context json not null,
+    context jsonb not null,
     quality_threshold double precision not null,
     -- Whether it brought agents along that go when it ends.
     volatile_team boolean not null,
@@ -39,7 +39,7 @@ create table mission_runs (
     started_at timestamptz not null,
     ended_at timestamptz,
     passed boolean,
-    report json,
+    report jsonb,
     primary key (project_id, mission_id, number),
     constraint mission_runs_mission_fkey foreign key (project_id, mission_id) references missions (project_id, id) on delete cascade
 );
@@ -68,7 +68,7 @@ create table barriers (
     kind text not null check (kind in ('checkpoint', 'gate', 'delay')),
     name text not null,
     state text not null check (state in ('waiting', 'active', 'failed', 'passed')),
-    document json not null,
+    document jsonb not null,
     reason text,
     reached_at timestamptz,
     expires_at timestamptz,

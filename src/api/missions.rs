@@ -398,7 +398,7 @@ pub async fn list_missions(
     let mut faults = Vec::new();
     let status = status_of(query.status.as_deref(), &mut faults);
     checked(faults)?;
-    let rows = db.missions(status, page.after()?, size).await?;
+    let rows = db.missions(status, false, page.after()?, size).await?;
     let path = match status {
         Some(status) => format!("/v1/missions?status={status}"),
         None => "/v1/missions".to_owned(),
@@ -680,7 +680,7 @@ pub async fn list_resumable(
     Query(page): Query<Page>,
 ) -> Result<Response, ApiError> {
     let size = page.size()?;
-    let rows = db.resumable_missions(page.after()?, size).await?;
+    let rows = db.missions(None, true, page.after()?, size).await?;
     Ok(listed(&rows, size, "/v1/missions/resumable"))
 }
 

@@ -68,6 +68,17 @@ pub struct BarrierRow {
     pub expires_at: Option<DateTime<Utc>>,
 }
 
+impl BarrierRow {
+    /// Whether it pauses its mission: a checkpoint that waits for people, or a gate that is closed.
+    pub fn pauses(&self) -> bool {
+        match self.state {
+            BarrierState::Failed => true,
+            BarrierState::Active => self.list == BarrierList::Checkpoints,
+            BarrierState::Waiting | BarrierState::Passed => false,
+        }
+    }
+}
+
 struct Stored {
     id: Uuid,
     mission_id: Uuid,
@@ -279,18 +290,17 @@ impl ProjectTx {
         Ok(stored.into())
     }
 
-    /// The barriers of a run that pause it: checkpoints that wait for people and gates that are closed. The run must be held.
+    /// The barriers of a run that have been reached and hold something back, in their order. The run must be held.
     ///
     /// # Errors
     /// When the database cannot be reached.
-    pub async fn pausing_barriers(&mut self, place: Place) -> Result<Vec<BarrierRow>> {
+    pub async fn reached_barriers(&mut self, place: Place) -> Result<Vec<BarrierRow>> {
         let stored = sqlx::query_as!(
             Stored,
             "select b.id, b.mission_id, b.run, r.group_label, b.kind, b.name, b.state, b.document, b.reason, b.reached_at, b.expires_at
             from barriers b
             join mission_runs r on r.project_id = b.project_id and r.mission_id = b.mission_id and r.number = b.run
-            where b.project_id = $1 and b.mission_id = $2 and b.run = $3
-              and (b.state = 'failed' or (b.state = 'active' and b.kind = 'checkpoint'))
+            where b.project_id = $1 and b.mission_id = $2 and b.run = $3 and b.state in ('active', 'failed')
             order by b.id",
             self.db.project,
             place.mission.uuid(),
@@ -410,26 +420,5 @@ impl ProjectTx {
         .execute(&mut *self.tx)
         .await?;
         Ok(())
-    }
-
-    /// The delays of a run that have begun.
-    ///
-    /// # Errors
-    /// When the database cannot be reached.
-    pub async fn begun_delays(&mut self, place: Place) -> Result<Vec<BarrierRow>> {
-        let stored = sqlx::query_as!(
-            Stored,
-            "select b.id, b.mission_id, b.run, r.group_label, b.kind, b.name, b.state, b.document, b.reason, b.reached_at, b.expires_at
-            from barriers b
-            join mission_runs r on r.project_id = b.project_id and r.mission_id = b.mission_id and r.number = b.run
-            where b.project_id = $1 and b.mission_id = $2 and b.run = $3 and b.kind = 'delay' and b.state = 'active'
-            order by b.id",
-            self.db.project,
-            place.mission.uuid(),
-            place.run
-        )
-        .fetch_all(&mut *self.tx)
-        .await?;
-        Ok(stored.into_iter().map(BarrierRow::from).collect())
     }
 }

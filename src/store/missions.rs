@@ -228,13 +228,15 @@ impl ProjectDb {
         Ok(whole.into())
     }
 
-    /// Missions before `after`, newest first, at most `limit`, without the largest members of their definitions.
+    /// Missions before `after`, newest first, at most `limit`, without the largest members of their definitions. Those that are
+    /// `resumable` are under way or failed, with tasks of their newest run that are pending or failed.
     ///
     /// # Errors
     /// When the database cannot be reached.
     pub async fn missions(
         &self,
         status: Option<Status>,
+        resumable: bool,
         after: Option<Id<ids::Mission>>,
         limit: i64,
     ) -> Result<Vec<MissionRow>> {
@@ -249,46 +251,16 @@ impl ProjectDb {
             where m.project_id = $1
               and ($2::text is null or m.status = $2)
               and ($3::uuid is null or m.id < $3)
+              and (not $4::boolean or (m.status in ('active', 'paused', 'failed') and exists (
+                select from tasks t
+                where t.project_id = $1 and t.mission_id = m.id and t.mission_run = m.execution_count and t.status in ('pending', 'failed')
+              )))
             order by m.id desc
-            limit $4"#,
+            limit $5"#,
             self.project,
             status.map(Status::as_str),
             after.map(Id::uuid),
-            limit
-        )
-        .fetch_all(&self.pool)
-        .await?;
-        Ok(rows.into_iter().map(MissionRow::from).collect())
-    }
-
-    /// Missions that can be resumed: under way or failed, with tasks of their newest run that are pending or failed; newest
-    /// first, at most `limit`.
-    ///
-    /// # Errors
-    /// When the database cannot be reached.
-    pub async fn resumable_missions(
-        &self,
-        after: Option<Id<ids::Mission>>,
-        limit: i64,
-    ) -> Result<Vec<MissionRow>> {
-        let rows = sqlx::query_as!(
-            Whole,
-            r#"select m.id, m.name, m.status, m.reason, m.execution_count, m.created_at, m.updated_at,
-                m.document - '{tasks,team,data,checkpoints,qualityGates,delays,notifications}'::text[] as "definition!: Json<Map<String, Value>>",
-                jsonb_array_length(m.document -> 'tasks')::bigint as "task_count!",
-                s.expression as "schedule?", s.end_date as "end_date?"
-            from missions m
-            left join schedules s on s.project_id = m.project_id and s.mission_id = m.id
-            where m.project_id = $1 and m.status in ('active', 'paused', 'failed')
-              and ($2::uuid is null or m.id < $2)
-              and exists (
-                select from tasks t
-                where t.project_id = $1 and t.mission_id = m.id and t.mission_run = m.execution_count and t.status in ('pending', 'failed')
-              )
-            order by m.id desc
-            limit $3"#,
-            self.project,
-            after.map(Id::uuid),
+            resumable,
             limit
         )
         .fetch_all(&self.pool)
@@ -745,6 +717,21 @@ impl ProjectTx {
         .fetch_one(&mut *self.tx)
         .await?;
         Ok(stored.into())
+    }
+
+    /// What the tasks of a run are told of its mission: see [`ProjectDb::mission_context`].
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`].
+    pub async fn mission_context(&mut self, place: Place) -> Result<Value> {
+        Ok(sqlx::query_scalar!(
+            "select context from mission_runs where project_id = $1 and mission_id = $2 and number = $3",
+            self.db.project,
+            place.mission.uuid(),
+            place.run
+        )
+        .fetch_one(&mut *self.tx)
+        .await?)
     }
 
     /// Stores a run's marks: warned, held, ended, with its report.

@@ -10,7 +10,7 @@ use crate::event::timestamp;
 use crate::ids::{self, Id};
 use crate::mission::{Barrier, BarrierKind, BarrierList, Mission, Status, TaskEnd};
 use crate::store::{
-    BarrierRow, BarrierState, DeletedTask, Job, MissionRunRow, ProjectDb, ProjectTx,
+    BarrierRow, BarrierState, DeletedTask, Job, MissionRunRow, ProjectDb, ProjectTx, until,
 };
 use crate::task::{Place, Task};
 
@@ -45,7 +45,7 @@ async fn ended(tx: &mut ProjectTx, db: &ProjectDb, task: &Task, place: Place) ->
         tx.wake_dependents(task).await?;
     }
     if outlook.barriers {
-        reach(tx, db, &run, task.id).await?;
+        reach(tx, &run, task.id).await?;
     }
     if !outlook.unfinished {
         finish(tx, db, run, None).await?;
@@ -96,34 +96,32 @@ pub(super) async fn open_again(
         tx.enqueue(Job::MissionDeadline(mission.id), 1.0, pause)
             .await?;
     }
-    for delay in tx.begun_delays(run.place).await? {
-        let left = delay.expires_at.map(|at| crate::store::until(at, now));
+    let reached = tx.reached_barriers(run.place).await?;
+    let begun = reached
+        .iter()
+        .filter(|barrier| barrier.list == BarrierList::Delays);
+    for delay in begun {
+        let left = delay.expires_at.map(|at| until(at, now));
         tx.enqueue(Job::Delay(delay.id), 1.0, left.unwrap_or_default())
             .await?;
     }
     mission.go(Status::Active, None)?;
-    let pausing = tx.pausing_barriers(run.place).await?;
-    if let Some(barrier) = pausing.first() {
-        mission.go(Status::Paused, Some(pauses(barrier)))?;
+    if let Some(barrier) = reached.iter().find(|barrier| barrier.pauses()) {
+        mission.go(Status::Paused, Some(reason(barrier)))?;
     }
     Ok(())
 }
 
 /// Why a barrier pauses its mission, in a sentence.
-pub(super) fn pauses(barrier: &BarrierRow) -> String {
-    match (&barrier.reason, barrier.list) {
-        (Some(reason), _) => format!("Quality gate \"{}\" is closed: {reason}", barrier.name),
-        (None, _) => format!("Checkpoint \"{}\" was reached.", barrier.name),
+pub(super) fn reason(barrier: &BarrierRow) -> String {
+    match &barrier.reason {
+        Some(reason) => format!("Quality gate \"{}\" is closed: {reason}", barrier.name),
+        None => format!("Checkpoint \"{}\" was reached.", barrier.name),
     }
 }
 
 /// Whatever is reached now that a task has ended. The run must be held.
-async fn reach(
-    tx: &mut ProjectTx,
-    db: &ProjectDb,
-    run: &MissionRunRow,
-    ended: Id<ids::Task>,
-) -> Result<()> {
+async fn reach(tx: &mut ProjectTx, run: &MissionRunRow, ended: Id<ids::Task>) -> Result<()> {
     let reached = tx.barriers_reached(run.place, ended).await?;
     if reached.is_empty() {
         return Ok(());
@@ -133,7 +131,7 @@ async fn reach(
         match (barrier.list, barrier.state) {
             (BarrierList::Delays, _) => begin_delay(tx, &mut mission, barrier).await?,
             (BarrierList::Checkpoints, _) => stop_at_checkpoint(tx, &mut mission, barrier).await?,
-            (BarrierList::Gates, _) => judge_gate(tx, db, run, &mut mission, barrier).await?,
+            (BarrierList::Gates, _) => judge_gate(tx, run, &mut mission, barrier).await?,
         }
     }
     tx.save_mission(&mut mission).await?;
@@ -189,14 +187,13 @@ async fn stop_at_checkpoint(
 
 fn pause_for(mission: &mut Mission, barrier: &BarrierRow) -> Result<()> {
     if mission.status() == Status::Active {
-        mission.go(Status::Paused, Some(pauses(barrier)))?;
+        mission.go(Status::Paused, Some(reason(barrier)))?;
     }
     Ok(())
 }
 
 async fn judge_gate(
     tx: &mut ProjectTx,
-    db: &ProjectDb,
     run: &MissionRunRow,
     mission: &mut Mission,
     mut barrier: BarrierRow,
@@ -212,7 +209,7 @@ async fn judge_gate(
         .iter()
         .map(TaskEnd::of)
         .collect();
-    let seen = seen_of(db, run, mission).await?;
+    let seen = seen_of(tx, run, mission).await?;
     let judgement = gate.judge(&ends, &seen);
     if let Some(reason) = judgement.closed {
         if barrier.reason.as_ref() != Some(&reason) {
@@ -238,10 +235,10 @@ async fn judge_gate(
 }
 
 /// What conditions can see of a mission.
-async fn seen_of(db: &ProjectDb, run: &MissionRunRow, mission: &Mission) -> Result<Value> {
+async fn seen_of(tx: &mut ProjectTx, run: &MissionRunRow, mission: &Mission) -> Result<Value> {
     let mut seen =
         json!({"id": mission.id, "name": mission.name, "group": run.group, "run": run.place.run});
-    let context = db.mission_context(run.place).await?;
+    let context = tx.mission_context(run.place).await?;
     seen["data"] = context.get("data").cloned().unwrap_or_else(|| json!({}));
     Ok(seen)
 }

@@ -90,11 +90,12 @@ async fn go_on_if_nothing_pauses(
     if mission.status() != Status::Paused {
         return Ok(());
     }
-    let pausing = tx.pausing_barriers(run.place).await?;
+    let reached = tx.reached_barriers(run.place).await?;
+    let pausing = reached.iter().find(|barrier| barrier.pauses());
     if run.held {
         mission.reason = Some(steer::BY_HAND.to_owned());
-    } else if let Some(barrier) = pausing.first() {
-        mission.reason = Some(advance::pauses(barrier));
+    } else if let Some(barrier) = pausing {
+        mission.reason = Some(advance::reason(barrier));
     } else {
         mission.go(Status::Active, None)?;
         tx.unpark_mission(mission.id).await?;

@@ -9,7 +9,7 @@ use super::{go_on_if_nothing_pauses, hold, newest, read, wrong_state};
 use crate::event::Event;
 use crate::ids::{self, Id};
 use crate::mission::{BarrierList, Status};
-use crate::store::{BarrierState, ProjectDb, StoreError};
+use crate::store::{BarrierRow, ProjectDb, StoreError};
 use crate::task::EndReason;
 
 /// Why a mission is paused that a person paused.
@@ -47,7 +47,8 @@ pub async fn resume(db: &ProjectDb, id: Id<ids::Mission>, retry_failed: bool) ->
             pending: 0,
         });
     }
-    for mut barrier in tx.pausing_barriers(place).await? {
+    let reached = tx.reached_barriers(place).await?;
+    for mut barrier in reached.into_iter().filter(BarrierRow::pauses) {
         let others = match barrier.list {
             BarrierList::Gates => json!({"overridden": true}),
             _ => json!({}),
@@ -94,12 +95,10 @@ pub async fn resume_checkpoint(db: &ProjectDb, id: Id<ids::Mission>, name: &str)
     };
     let place = newest(&mission, "resumed").map_err(|_| missing())?;
     let (run, mut mission) = hold(&mut tx, place).await?;
-    let reached = tx.pausing_barriers(place).await?.into_iter();
-    let mut found = reached.filter(|barrier| {
-        barrier.list == BarrierList::Checkpoints
-            && barrier.state == BarrierState::Active
-            && barrier.name == name
-    });
+    let reached = tx.reached_barriers(place).await?;
+    let mut found = reached
+        .into_iter()
+        .filter(|barrier| barrier.list == BarrierList::Checkpoints && barrier.name == name);
     let Some(mut barrier) = found.next().filter(|_| run.ended_at.is_none()) else {
         return Err(LifecycleError::Missing(format!(
             "Mission \"{}\" does not wait at a checkpoint \"{name}\". GET /v1/missions/checkpoints lists those that are reached.",
