@@ -96,7 +96,7 @@ pub(super) async fn put(
         queued: false,
         last_run_at: None,
         next_run_at: None,
-        created_at: now,
+        created_at: before.map_or(now, |before| before.created_at),
     };
     plan(tx, mission, &mut schedule, now).await?;
     mission.tell(

@@ -264,6 +264,7 @@ async fn a_mission_has_one_schedule_and_another_takes_its_place() {
         (&second["overlap"], second.get("endDate")),
         (&json!("skip"), None)
     );
+    assert_eq!(answer(app.get("/v1/schedules")).await.1, json!([second]));
     let old = first["scheduleId"].as_str().unwrap();
     assert_eq!(
         app.read_schedule(old).await["expression"],
