@@ -696,6 +696,88 @@ async fn a_single_run_that_was_missed_and_is_not_made_up_for_fails_its_mission()
 }
 
 #[tokio::test]
+async fn a_time_that_comes_while_a_run_is_under_way_is_left_out_or_followed_by_one_run() {
+    let app = still().await;
+    let mut runs = HashMap::new();
+    for policy in ["skip", "queue"] {
+        let mission = app.small(policy, "Do it").await;
+        let made = app
+            .schedule(
+                &mission,
+                json!({"overlap": policy, "expression": "0 * * * *"}),
+            )
+            .await;
+        let due = instant(&made["nextRunAt"]);
+        assert!(app.fires(&made, due).await);
+        // Three come while it runs.
+        for hour in 1..=3 {
+            assert!(!app.fires(&made, due + chrono::Duration::hours(hour)).await);
+        }
+        let after = app.read_schedule(&mission).await;
+        assert_eq!(
+            instant(&after["nextRunAt"]),
+            due + chrono::Duration::hours(4)
+        );
+        assert_eq!(app.read_mission(&mission).await["executionCount"], 1);
+        runs.insert(policy, (mission, made));
+    }
+    let skipped = app.events("schedule:skipped").await;
+    assert_eq!(skipped.len(), 3);
+    assert!(
+        skipped.iter().all(|(_, event)| event["reason"] == "overlap"
+            && event["missionId"] == json!(runs["skip"].0))
+    );
+    // An engine comes, and both runs end.
+    let stop = app.another_process_with_stop().await;
+    eventually("one run follows", async || {
+        let mission = app.read_mission(&runs["queue"].0).await;
+        mission["executionCount"] == 2 && mission["status"] == "recurring"
+    })
+    .await;
+    app.mission_until(&runs["skip"].0, "recurring").await;
+    for (policy, count) in [("skip", 1), ("queue", 2)] {
+        let (mission, made) = &runs[policy];
+        assert_eq!(
+            app.read_mission(mission).await["executionCount"],
+            count,
+            "{policy}"
+        );
+        let after = app.read_schedule(mission).await;
+        let due = instant(&made["nextRunAt"]);
+        assert_eq!(
+            instant(&after["nextRunAt"]),
+            due + chrono::Duration::hours(4)
+        );
+    }
+    assert_eq!(app.told("schedule:*").await["schedule:triggered"], 3);
+    stop.cancel();
+}
+
+#[tokio::test]
+async fn a_single_run_that_comes_while_a_person_runs_the_mission_follows_if_it_is_to() {
+    let app = still().await;
+    for (policy, standing) in [("skip", "failed"), ("queue", "scheduled")] {
+        let mission = app.small(policy, "Do it").await;
+        let once =
+            json!({"expression": "2098-01-01T00:00:00Z", "recurring": false, "overlap": policy});
+        let made = app.schedule(&mission, once).await;
+        assert_eq!(app.execute(&mission).await.0, 200);
+        assert!(!app.fires(&made, at("2098-01-01T00:00:01Z")).await);
+        app.end_run(&mission).await;
+        assert_eq!(
+            app.read_mission(&mission).await["status"],
+            standing,
+            "{policy}"
+        );
+        if policy == "queue" {
+            assert!(app.fires(&made, at("2098-01-01T00:00:09Z")).await);
+            assert_eq!(app.read_schedule(&mission).await["enabled"], false);
+            assert_eq!(app.read_mission(&mission).await["executionCount"], 2);
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_time_of_day_is_kept_when_the_clocks_change() {
     let app = still().await;
     let mission = app.small("m", "Do it").await;
