@@ -400,6 +400,14 @@ pub async fn skip_failed(
         .filter(|schedule| schedule.id == id)
         .ok_or(StoreError::NotFound)?;
     let timed = timed(&schedule, timing(&schedule)?);
+    let standing = standing(&mission);
+    let begins = matches!(timed.decide(now, standing), Decision::Fire { .. })
+        || (schedule.queued && standing == Standing::Ready && !timed.is_over(now));
+    if !begins {
+        // Whatever is to be done about it executes nothing.
+        drop(tx);
+        return fire(lease, id, now).await.map(drop);
+    }
     let next = timed.next_after(now);
     mission.tell(
         "schedule:failed",

@@ -886,6 +886,30 @@ async fn a_mission_that_cannot_be_executed_says_so_and_goes_on_waiting() {
 }
 
 #[tokio::test]
+async fn a_schedule_ends_in_peace_though_its_mission_cannot_be_executed() {
+    let app = start(&[]).await;
+    let mission = app.small("m", "Do it").await;
+    app.schedule(&mission, json!({"endDate": "2099-01-01T00:00:00Z"}))
+        .await;
+    // A model that cannot be asked is found out before anything is tried.
+    let (status, body) =
+        answer(app.patch("/v1/agents/noor", json!({"model": "nobody:nothing"}))).await;
+    assert_eq!(status, 200, "{body}");
+    app.sql(
+        "update production.schedules set end_date = clock_timestamp() - interval '1 second'"
+            .to_owned(),
+    )
+    .await;
+    app.make_due(2.0).await;
+    app.mission_until(&mission, "completed").await;
+    let told = app.told("schedule:*").await;
+    assert_eq!(
+        (told["schedule:expired"], told.get("schedule:failed")),
+        (1, None)
+    );
+}
+
+#[tokio::test]
 async fn a_run_that_takes_longer_than_its_schedule_allows_fails() {
     let app = start(&[]).await;
     app.upstream.answers(|_| Reply::Hang(vec![]));
