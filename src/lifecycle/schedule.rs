@@ -96,7 +96,7 @@ pub(super) async fn put(
         queued: false,
         last_run_at: None,
         next_run_at: None,
-        created_at: now,
+        created_at: before.map_or(now, |before| before.created_at),
     };
     plan(tx, mission, &mut schedule, now).await?;
     mission.tell(
@@ -266,13 +266,18 @@ pub async fn fire(lease: &Lease, id: Id<ids::Schedule>, now: DateTime<Utc>) -> R
         .filter(|schedule| schedule.id == id)
         .ok_or(StoreError::NotFound)?;
     let standing = standing(&mission);
-    // An occurrence that waited for the run under way is due now.
-    if std::mem::take(&mut schedule.queued) && standing == Standing::Ready {
-        let next = schedule.next_run_at.filter(|next| *next > now);
-        let began = begin(&mut tx, db, &mut mission, &mut schedule, next, now).await?;
-        return settle(tx, lease, mission, schedule, now, Fired::Began(began)).await;
+    let timed = timed(&schedule, timing(&schedule)?);
+    if schedule.queued && standing != Standing::Busy {
+        schedule.queued = false;
+        // An occurrence that waited for the run under way is due now.
+        if standing == Standing::Ready && !timed.is_over(now) {
+            let next = schedule.next_run_at.filter(|next| *next > now);
+            let next = next.or_else(|| timed.next_after(now).filter(|_| schedule.recurring));
+            let began = begin(&mut tx, db, &mut mission, &mut schedule, next, now).await?;
+            return settle(tx, lease, mission, schedule, now, Fired::Began(began)).await;
+        }
     }
-    let fired = match timed(&schedule, timing(&schedule)?).decide(now, standing) {
+    let fired = match timed.decide(now, standing) {
         Decision::Wait => Fired::Nothing,
         Decision::Fire { next } => {
             let began = begin(&mut tx, db, &mut mission, &mut schedule, next, now).await?;
@@ -394,7 +399,16 @@ pub async fn skip_failed(
     let mut schedule = found
         .filter(|schedule| schedule.id == id)
         .ok_or(StoreError::NotFound)?;
-    let next = timed(&schedule, timing(&schedule)?).next_after(now);
+    let timed = timed(&schedule, timing(&schedule)?);
+    let standing = standing(&mission);
+    let begins = matches!(timed.decide(now, standing), Decision::Fire { .. })
+        || (schedule.queued && standing == Standing::Ready && !timed.is_over(now));
+    if !begins {
+        // Whatever is to be done about it executes nothing.
+        drop(tx);
+        return fire(lease, id, now).await.map(drop);
+    }
+    let next = timed.next_after(now);
     mission.tell(
         "schedule:failed",
         json!({"scheduleId": id, "dueAt": schedule.next_run_at.map(timestamp), "reason": sentence}),

@@ -372,7 +372,7 @@ impl Schedule {
         if !self.enabled {
             return Decision::Wait;
         }
-        if self.end_date.is_some_and(|end| end <= now) {
+        if self.is_over(now) {
             return Decision::Expire;
         }
         let Some(due) = self.due.filter(|due| *due <= now) else {
@@ -389,6 +389,11 @@ impl Schedule {
             Standing::Busy if self.overlap == Overlap::Queue => Decision::Queue { next },
             Standing::Busy => skip(SkipReason::Overlap),
         }
+    }
+
+    /// Whether its `endDate` is here.
+    pub fn is_over(&self, now: DateTime<Utc>) -> bool {
+        self.end_date.is_some_and(|end| end <= now)
     }
 
     /// When it is due after an instant, its `endDate` considered. It is always after that instant, so a schedule never

@@ -24,6 +24,7 @@ mod platform;
 mod playbooks;
 mod processes;
 mod providers;
+mod schedules;
 mod sessions;
 mod settings;
 mod streams;

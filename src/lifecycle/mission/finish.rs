@@ -55,9 +55,8 @@ pub(super) async fn finish(
     tx.save_mission_run(&run, Some(passed)).await?;
     tx.save_mission(&mut mission).await?;
     call_off_timers(tx, place).await?;
-    if let Some(mut schedule) = schedule.filter(|schedule| schedule.queued) {
-        schedule.queued = false;
-        tx.save_schedule(&mut schedule).await?;
+    if let Some(schedule) = schedule.filter(|schedule| schedule.queued) {
+        // What waited for this end is begun under the lease of that job, which reads the mark.
         tx.enqueue(Job::Schedule(schedule.id), 1.0, super::super::NOW)
             .await?;
     }
@@ -69,7 +68,11 @@ fn resting(schedule: Option<&ScheduleRow>, passed: bool, now: DateTime<Utc>) -> 
     let over = |schedule: &ScheduleRow| schedule.end_date.is_some_and(|end| end <= now);
     match schedule {
         Some(schedule) if schedule.recurring && !over(schedule) => Status::Recurring,
-        Some(schedule) if schedule.enabled && schedule.next_run_at.is_some() => Status::Scheduled,
+        Some(schedule)
+            if schedule.enabled && (schedule.next_run_at.is_some() || schedule.queued) =>
+        {
+            Status::Scheduled
+        }
         _ if passed => Status::Completed,
         _ => Status::Failed,
     }
