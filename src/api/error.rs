@@ -106,10 +106,19 @@ impl ApiError {
 
     /// A 400 that tells every fault of a document.
     pub fn faults(details: Vec<String>) -> Self {
-        Self::Faults {
-            message: details.join("; "),
-            details,
+        const TOLD: usize = 20;
+        const LISTED: usize = 100;
+        let mut message = details[..details.len().min(TOLD)].join("; ");
+        if details.len() > TOLD {
+            message += "; and more, in `details`";
         }
+        let mut details = details;
+        let more = details.len().saturating_sub(LISTED);
+        details.truncate(LISTED);
+        if more > 0 {
+            details.push(format!("and {more} more"));
+        }
+        Self::Faults { message, details }
     }
 
     /// A 404 for a named thing.

@@ -300,7 +300,7 @@ impl Following {
         if leaves {
             self.tasks.remove(&id);
         }
-        self.look_at_mission |= status == TaskStatus::AwaitingApproval;
+        self.look_at_mission |= leaves;
         Ok(())
     }
 
@@ -381,6 +381,7 @@ impl Following {
         let over = match mission.status() {
             // What is under way goes on while it is paused; its words are not cut off.
             Status::Paused => self.tasks.is_empty(),
+            _ if mission.execution_count != self.place.run => true,
             Status::Active => self.db.waits_for_people(self.place).await?,
             _ => true,
         };

@@ -493,18 +493,17 @@ fn read_change(
     let status = status_of(change.status.as_deref(), &mut faults);
     let end_date = end_date_of(&mut members, &mut faults);
     let removed = members.get("schedule").is_some_and(Value::is_null);
-    // A new end needs the schedule anew.
-    if let (Some(_), Some(expression), None) = (end_date, &row.schedule, members.get("schedule")) {
-        members.insert("schedule".to_owned(), json!(expression));
-    }
     let waits = match status.or(Some(row.mission.status())) {
         waits @ Some(Status::Scheduled | Status::Recurring) => waits,
         _ => None,
     };
     let end = end_date.unwrap_or(row.end_date);
     let schedule = schedule_of(&mut members, waits, end, &mut faults);
-    if end_date.flatten().is_some() && schedule.is_none() {
+    if end_date.flatten().is_some() && schedule.is_none() && (removed || row.schedule.is_none()) {
         faults.push("endDate: needs a `schedule`".to_owned());
+    }
+    if status == Some(Status::Draft) && schedule.is_some() {
+        faults.push("status: a mission that is to begin by itself is no draft; leave one of `status` and `schedule` out".to_owned());
     }
     if !members.is_empty() {
         let mut whole = row.definition.clone();
@@ -512,6 +511,7 @@ fn read_change(
         definition(app, &whole, &mut faults);
     }
     checked(faults)?;
+    let changes_schedule = removed || schedule.is_some();
     Ok(MissionChange {
         name,
         definition: members,
@@ -524,6 +524,7 @@ fn read_change(
             None if removed => Some(None),
             None => None,
         },
+        end_date: end_date.filter(|_| !changes_schedule && row.schedule.is_some()),
     })
 }
 

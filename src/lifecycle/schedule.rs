@@ -136,8 +136,8 @@ async fn plan(
     } else {
         Status::Scheduled
     };
-    // One that runs is put there when the run ends.
-    if !mission.status().is_running() && mission.status() != waits {
+    // One that runs is put there when the run ends; one whose schedule is switched off waits for nothing.
+    if schedule.enabled && !mission.status().is_running() && mission.status() != waits {
         mission.go(waits, None)?;
     }
     Ok(())
@@ -191,6 +191,18 @@ pub async fn update(
 ) -> Result<ScheduleRow> {
     let mut tx = db.begin().await?;
     let mut mission = tx.lock_mission(mission).await?;
+    let schedule = self::change(&mut tx, &mut mission, change).await?;
+    tx.save_mission(&mut mission).await?;
+    tx.commit().await?;
+    Ok(schedule)
+}
+
+/// Changes a schedule. The mission must be held, and stored after this.
+pub(super) async fn change(
+    tx: &mut ProjectTx,
+    mission: &mut Mission,
+    change: ScheduleChange,
+) -> Result<ScheduleRow> {
     let found = tx.schedule_of(mission.id).await?;
     let mut schedule = found.ok_or(StoreError::NotFound)?;
     schedule.expression = change.expression.unwrap_or(schedule.expression);
@@ -204,7 +216,7 @@ pub async fn update(
     schedule.catch_up = change.catch_up.unwrap_or(schedule.catch_up);
     schedule.overlap = change.overlap.unwrap_or(schedule.overlap);
     if schedule.enabled {
-        plan(&mut tx, &mut mission, &mut schedule, Utc::now()).await?;
+        plan(tx, mission, &mut schedule, Utc::now()).await?;
     } else {
         timing(&schedule)?;
         schedule.next_run_at = None;
@@ -212,9 +224,28 @@ pub async fn update(
         tx.save_schedule(&mut schedule).await?;
         tx.call_off(Job::Schedule(schedule.id)).await?;
     }
-    tx.save_mission(&mut mission).await?;
-    tx.commit().await?;
     Ok(schedule)
+}
+
+/// Gives a mission another expression: a schedule that it has keeps its zone and its policies. The mission must be held, and
+/// stored after this.
+pub(super) async fn put_over(
+    tx: &mut ProjectTx,
+    mission: &mut Mission,
+    new: NewSchedule,
+    now: DateTime<Utc>,
+) -> Result<()> {
+    if tx.schedule_of(mission.id).await?.is_none() {
+        return put(tx, mission, new, now).await.map(drop);
+    }
+    let change = ScheduleChange {
+        expression: Some(new.expression),
+        recurring: Some(new.recurring),
+        enabled: Some(new.enabled),
+        end_date: Some(new.end_date),
+        ..ScheduleChange::default()
+    };
+    self::change(tx, mission, change).await.map(drop)
 }
 
 /// Removes a schedule; its mission is a draft again.

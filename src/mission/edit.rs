@@ -1,5 +1,7 @@
 //! Edits of a definition's parts (contract 2.8.9). Whatever they leave is checked as a whole, like a new one.
 
+use std::collections::HashMap;
+
 use serde_json::{Map, Value, json};
 
 use super::document::{BarrierList, Document};
@@ -108,19 +110,22 @@ impl Document {
     /// When `titles` does not name every task once.
     pub fn reorder(&self, titles: &[String]) -> Result<Self> {
         let mut tasks = self.tasks.clone();
-        let place = |title: &str| titles.iter().position(|other| other == title);
-        let mut named: Vec<&String> = titles.iter().collect();
-        named.sort();
-        named.dedup();
-        if named.len() != tasks.len()
+        let places: HashMap<&str, usize> = titles
+            .iter()
+            .enumerate()
+            .map(|(place, title)| (title.as_str(), place))
+            .collect();
+        if places.len() != tasks.len()
             || titles.len() != tasks.len()
-            || tasks.iter().any(|task| place(&task.title).is_none())
+            || tasks
+                .iter()
+                .any(|task| !places.contains_key(task.title.as_str()))
         {
             return Err(EditError::Faults(vec![
                 "titles: must name every task of the mission once".to_owned(),
             ]));
         }
-        tasks.sort_by_key(|task| place(&task.title));
+        tasks.sort_by_key(|task| places.get(task.title.as_str()).copied());
         Ok(Self {
             tasks,
             ..self.clone()

@@ -5,6 +5,8 @@ use std::collections::{BinaryHeap, HashMap, HashSet};
 
 use super::document::{Barrier, BarrierList, Document};
 
+/// The most titles that one fault names.
+const NAMED: usize = 3;
 /// The most links between tasks, and between tasks and barriers.
 const MOST_LINKS: usize = 50_000;
 
@@ -164,14 +166,20 @@ fn check_holds(
             .iter()
             .filter(|after| *after != held && !needs[*held].contains(after))
             .map(|after| format!("\"{}\"", document.tasks[*after].title))
+            .take(NAMED + 1)
             .collect();
+        let more = if missing.len() > NAMED {
+            " and more"
+        } else {
+            ""
+        };
         let title = &document.tasks[*held].title;
         if barrier.after_tasks.contains(title) {
             faults.push(format!("{place}: \"{title}\" cannot wait for itself"));
         } else if !missing.is_empty() {
             faults.push(format!(
-                "{place}.blocksTasks: \"{title}\" must list {} in its `dependsOn`, or it would begin too early",
-                missing.join(", ")
+                "{place}.blocksTasks: \"{title}\" must list {}{more} in its `dependsOn`, or it would begin too early",
+                missing[..missing.len().min(NAMED)].join(", ")
             ));
         }
     }

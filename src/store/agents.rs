@@ -173,7 +173,28 @@ impl ProjectTx {
         Ok(stored.into())
     }
 
-    /// The names and ids of the agents that are called by one of these, names or ids.
+    /// Makes an agent, unless there is one of its name.
+    ///
+    /// # Errors
+    /// Constraint `agents_team_fkey`.
+    pub async fn create_agent_unless_there(&mut self, new: &NewAgent<'_>) -> Result<()> {
+        self.changes = true;
+        sqlx::query!(
+            "insert into agents (project_id, id, name, team, definition)
+            values ($1, $2, $3, $4, $5)
+            on conflict (project_id, name) do nothing",
+            self.db.project,
+            Id::<Agent>::new().uuid(),
+            new.name,
+            new.team,
+            Json(new.definition) as _
+        )
+        .execute(&mut *self.tx)
+        .await?;
+        Ok(())
+    }
+
+    /// The names and ids of the agents that are called by one of these, names or ids; they cannot go before the commit.
     ///
     /// # Errors
     /// When the database cannot be reached.
@@ -186,7 +207,7 @@ impl ProjectTx {
             .filter_map(|id| id.parse::<Id<Agent>>().ok().map(Id::uuid))
             .collect();
         let rows = sqlx::query!(
-            "select name, id from agents where project_id = $1 and (name = any($2) or id = any($3)) order by name",
+            "select name, id from agents where project_id = $1 and (name = any($2) or id = any($3)) order by name for key share",
             self.db.project,
             names_or_ids,
             &ids

@@ -385,8 +385,8 @@ impl ProjectDb {
         .await?)
     }
 
-    /// Whether nothing of a run can go on before a person has said something: some of its tasks wait for one, and no other is
-    /// worked on or due.
+    /// Whether nothing of a run can go on before a person has said something: some of its tasks wait for one or are paused, and no
+    /// other is worked on or due.
     ///
     /// # Errors
     /// When the database cannot be reached.
@@ -394,7 +394,10 @@ impl ProjectDb {
         Ok(sqlx::query_scalar!(
             r#"select exists (
                 select from tasks
-                where project_id = $1 and mission_id = $2 and mission_run = $3 and status = 'awaiting_approval'
+                where project_id = $1 and mission_id = $2 and mission_run = $3
+                  and (status = 'awaiting_approval' or (status = 'pending' and held))
+            ) and not exists (
+                select from barriers where project_id = $1 and mission_id = $2 and run = $3 and kind = 'delay' and state = 'active'
             ) and not exists (
                 select from tasks
                 where project_id = $1 and mission_id = $2 and mission_run = $3 and status in ('assigned', 'in_progress', 'review')
@@ -443,17 +446,24 @@ impl ProjectTx {
     }
 
     /// A name for another mission of a playbook: the playbook's, or that with the next number. `base` holds letters, digits and
-    /// hyphens only.
+    /// hyphens only. Whoever asks for the same until the commit waits.
     ///
     /// # Errors
     /// When the database cannot be reached.
     pub async fn free_mission_name(&mut self, base: &str) -> Result<String> {
+        sqlx::query_scalar!(
+            r#"select pg_advisory_xact_lock(hashtextextended($1::uuid::text || '/' || $2::text, 0))::text as "locked""#,
+            self.db.project,
+            base
+        )
+        .fetch_one(&mut *self.tx)
+        .await?;
         let number = sqlx::query_scalar!(
             r#"select case
                 when exists (select from missions where project_id = $1 and name = $2)
                 then (
-                    select coalesce(max(substring(name from length($2) + 2)::integer), 1) + 1 from missions
-                    where project_id = $1 and name ~ ('^' || $2 || '-[0-9]{1,8}$')
+                    select (coalesce(max(substring(name from length($2) + 2)::numeric), 1) + 1)::text from missions
+                    where project_id = $1 and name ~ ('^' || $2 || '-[0-9]{1,100}$')
                 )
             end as "number""#,
             self.db.project,
@@ -855,23 +865,31 @@ impl ProjectTx {
         freed: &[Uuid],
     ) -> Result<()> {
         let owed = sqlx::query!(
-            "with waiting as (
+            "with named as (
+                select task_id from dependencies where project_id = $1 and needs_id = $4
+                union
+                select unnest($5::uuid[])
+            ), waiting as (
                 select t.id, (t.document ->> 'priority')::double precision as priority, t.held,
-                    (select bool_and(coalesce(n.status, 'failed') = 'done') from dependencies d
-                     left join tasks n on n.project_id = d.project_id and n.id = d.needs_id
-                     where d.project_id = $1 and d.task_id = t.id) as met,
-                    (select bool_or(coalesce(n.status, 'failed') = 'failed') from dependencies d
-                     left join tasks n on n.project_id = d.project_id and n.id = d.needs_id
-                     where d.project_id = $1 and d.task_id = t.id) as hopeless
-                from tasks t
-                where t.project_id = $1 and t.mission_id = $2 and t.mission_run = $3 and t.status = 'pending'
-                  and (t.id = any($5) or t.id in (select task_id from dependencies where project_id = $1 and needs_id = $4))
+                    exists (
+                        select from dependencies d
+                        left join tasks n on n.project_id = d.project_id and n.id = d.needs_id
+                        where d.project_id = $1 and d.task_id = t.id and coalesce(n.status, 'failed') = 'failed'
+                    ) as hopeless,
+                    exists (
+                        select from dependencies d
+                        join tasks n on n.project_id = d.project_id and n.id = d.needs_id
+                        where d.project_id = $1 and d.task_id = t.id and n.status not in ('done', 'failed')
+                    ) as waits
+                from named
+                join tasks t on t.project_id = $1 and t.id = named.task_id
+                where t.mission_id = $2 and t.mission_run = $3 and t.status = 'pending'
                   and not exists (select from barrier_holds h where h.project_id = $1 and h.task_id = t.id)
             )
             insert into jobs (project_id, kind, subject, priority, ready, due_at, lease)
-            select $1, case when coalesce(hopeless, false) then 'blocked' else 'task' end, id, priority, true, clock_timestamp(), nextval('leases')
+            select $1, case when hopeless then 'blocked' else 'task' end, id, priority, true, clock_timestamp(), nextval('leases')
             from waiting
-            where coalesce(hopeless, false) or (coalesce(met, true) and not held)
+            where hopeless or not (waits or held)
             order by id
             on conflict do nothing",
             self.db.project,
@@ -929,6 +947,23 @@ impl ProjectTx {
         )
         .fetch_one(&mut *self.tx)
         .await?)
+    }
+
+    /// How many tasks of a run have not ended. The run must be held.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn count_unfinished(&mut self, place: Place) -> Result<usize> {
+        let count = sqlx::query_scalar!(
+            r#"select count(*) as "count!" from tasks
+            where project_id = $1 and mission_id = $2 and mission_run = $3 and status not in ('done', 'failed')"#,
+            self.db.project,
+            place.mission.uuid(),
+            place.run
+        )
+        .fetch_one(&mut *self.tx)
+        .await?;
+        Ok(usize::try_from(count).unwrap_or_default())
     }
 
     /// All tasks of a run, in their order.

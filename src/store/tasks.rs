@@ -510,7 +510,7 @@ impl ProjectTx {
         if gone.is_empty() {
             return Ok(Vec::new());
         }
-        let deleted = gone
+        let deleted: Vec<DeletedTask> = gone
             .iter()
             .map(|row| DeletedTask {
                 id: row.id.into(),
@@ -524,6 +524,13 @@ impl ProjectTx {
             })
             .collect();
         let gone: Vec<Uuid> = gone.into_iter().map(|row| row.id).collect();
+        // Before any job: what is decided of a run is decided under its lock.
+        let mut places: Vec<Place> = deleted.iter().filter_map(|task| task.place).collect();
+        places.sort_by_key(|place| (place.mission, place.run));
+        places.dedup();
+        for place in places {
+            self.lock_mission_run(place).await?;
+        }
         sqlx::query!(
             "delete from jobs
             where project_id = $1

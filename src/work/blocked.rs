@@ -60,6 +60,10 @@ pub(super) async fn resolve(held: &Held, id: Id<ids::Task>) -> Result<()> {
     };
     let mut tx = db.begin().await?;
     let (mut task, failed) = lock_all(&mut tx, id, &needs).await?;
+    if let Some(place) = task.mission {
+        // Before the job goes, so that whoever ends a need meanwhile owes it again, or has it seen here.
+        tx.lock_mission_run(place).await?;
+    }
     tx.complete(&held.lease).await?;
     let unmet = tx.unmet_needs(id).await?;
     let hopeless = unmet

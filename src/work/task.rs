@@ -108,7 +108,12 @@ async fn start(
         return Ok(Start::Rests);
     }
     if !task.document.depends_on.is_empty() {
-        let unmet = tx.unmet_needs(task.id).await?;
+        let mut unmet = tx.unmet_needs(task.id).await?;
+        if let Some(place) = task.mission.filter(|_| !unmet.is_empty()) {
+            // The same of what it needs.
+            tx.lock_mission_run(place).await?;
+            unmet = tx.unmet_needs(task.id).await?;
+        }
         if !unmet.is_empty() {
             let hopeless = unmet
                 .iter()
@@ -175,9 +180,12 @@ pub(super) async fn rests_in_mission(held: &Held, tx: &mut ProjectTx, task: &Tas
         return Ok(false);
     };
     if tx.is_held_back(task.id).await? {
-        // Whatever lets it go owes the job again.
-        tx.complete(&held.lease).await?;
-        return Ok(true);
+        // Asked again under the run's lock: whatever lets it go from here on owes the job again.
+        tx.lock_mission_run(place).await?;
+        if tx.is_held_back(task.id).await? {
+            tx.complete(&held.lease).await?;
+            return Ok(true);
+        }
     }
     let paused = tx.is_paused(place.mission).await?;
     if paused {

@@ -1394,3 +1394,199 @@ async fn advancing_a_mission_twice_changes_nothing() {
         .unwrap();
     assert_eq!(jobs, 0);
 }
+
+#[tokio::test]
+async fn removing_what_a_barrier_follows_lets_it_be_reached() {
+    let app = TestApp::start().await;
+    app.agent("noor").await;
+    app.upstream
+        .answers(|request| match last_text(request, "user").as_str() {
+            "Do B" => Reply::Hang(vec![]),
+            _ => Reply::Stream(said("Done.")),
+        });
+    for list in ["checkpoints", "qualityGates"] {
+        let barrier = json!([{"name": "b", "afterTasks": ["A", "B"], "blocksTasks": ["C"], "requireAllPassed": true, "minScore": 1}]);
+        let id = app
+            .mission(list, json!({"tasks": tasks(&[("A", &[]), ("B", &[]), ("C", &["A", "B"])]), list: barrier}))
+            .await;
+        app.execute(&id).await;
+        eventually("A is done", async || {
+            app.of_mission(&id).await["A"]["status"] == "done"
+        })
+        .await;
+        let b = app.of_mission(&id).await["B"]["id"]
+            .as_str()
+            .unwrap()
+            .to_owned();
+        assert_eq!(answer(app.delete(&format!("/v1/tasks/{b}"))).await.0, 200);
+        app.mission_until(&id, "paused").await;
+        answer(app.post(&format!("/v1/missions/{id}/resume"), json!({}))).await;
+        // What it needed is not there any more.
+        app.mission_until(&id, "failed").await;
+    }
+}
+
+#[tokio::test]
+async fn a_volatile_team_is_there_again_when_its_mission_is_resumed() {
+    let (app, mended) = failing().await;
+    let team = json!([{"name": "checker", "model": "openai:scripted"}]);
+    let one = json!([{"title": "A", "description": "Fail", "assignTo": "checker"}]);
+    let id = app.mission("m", json!({"team": team, "tasks": one})).await;
+    app.execute(&id).await;
+    app.mission_until(&id, "failed").await;
+    assert_eq!(answer(app.get("/v1/agents/checker")).await.0, 404);
+    mended.store(true, std::sync::atomic::Ordering::SeqCst);
+    answer(app.post(
+        &format!("/v1/missions/{id}/resume"),
+        json!({"retryFailed": true}),
+    ))
+    .await;
+    app.mission_until(&id, "completed").await;
+    assert_eq!(answer(app.get("/v1/agents/checker")).await.0, 404);
+}
+
+#[tokio::test]
+async fn a_stream_ends_where_only_people_can_go_on() {
+    let app = TestApp::with_noor(&[]).await;
+    let gated = json!([{"title": "A", "description": "a", "assignTo": "noor", "sideEffects": true},
+        {"title": "B", "description": "b", "assignTo": "noor"}, {"title": "C", "description": "c", "assignTo": "noor", "dependsOn": ["A", "B"]}]);
+    let id = app.mission("m", json!({"tasks": gated})).await;
+    let stream = app.post(
+        &format!("/v1/missions/{id}/execute"),
+        json!({"stream": true}),
+    );
+    let parts = frames(&stream.send().await.unwrap().text().await.unwrap());
+    assert_eq!(parts.last().unwrap()["mission"]["status"], "active");
+    let approval = answer(app.get("/v1/approvals?status=pending")).await.1[0]["id"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    answer(app.post(&format!("/v1/approvals/{approval}/approve"), json!({}))).await;
+    app.mission_until(&id, "completed").await;
+}
+
+#[tokio::test]
+async fn a_pause_by_hand_ends_with_its_run_and_nothing_pauses_for_what_has_ended() {
+    let (app, mended) = failing().await;
+    let one = json!([{"title": "A", "description": "Fail", "assignTo": "noor"}, {"title": "B", "description": "b", "assignTo": "noor", "dependsOn": ["A"]}]);
+    let id = app
+        .mission("m", json!({"tasks": one, "checkpoints": [{"name": "c", "afterTasks": ["A"], "blocksTasks": ["B"]}]}))
+        .await;
+    app.execute(&id).await;
+    app.mission_until(&id, "paused").await;
+    answer(app.patch(&format!("/v1/missions/{id}"), json!({"status": "paused"}))).await;
+    let b = app.of_mission(&id).await["B"]["id"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    answer(app.post(&format!("/v1/tasks/{b}/force-fail"), json!({}))).await;
+    app.mission_until(&id, "failed").await;
+    mended.store(true, std::sync::atomic::Ordering::SeqCst);
+    answer(app.post(
+        &format!("/v1/missions/{id}/resume"),
+        json!({"retryFailed": true}),
+    ))
+    .await;
+    app.mission_until(&id, "completed").await;
+    // A checkpoint before something that was failed by hand stops nobody.
+    let id = app
+        .mission("n", json!({"tasks": tasks(&[("A", &[]), ("B", &["A"]), ("C", &["A"])]), "checkpoints": [{"name": "c", "afterTasks": ["A"], "blocksTasks": ["B"]}],
+            "delays": [{"name": "d", "afterTasks": ["A"], "blocksTasks": ["C"], "duration": "PT0.2S"}]}))
+        .await;
+    app.execute(&id).await;
+    let b = app.of_mission(&id).await["B"]["id"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    answer(app.post(&format!("/v1/tasks/{b}/force-fail"), json!({}))).await;
+    let ended = app.ended(&id).await;
+    assert!(
+        matches!(ended["status"].as_str(), Some("failed" | "paused")),
+        "{ended}"
+    );
+}
+
+#[tokio::test]
+async fn runs_of_a_playbook_at_once_each_have_a_name_and_one_team() {
+    let app = TestApp::with_noor(&[]).await;
+    let playbook = json!({"name": "many", "description": "d", "mission": {"team": [{"name": "mate", "model": "openai:scripted"}],
+        "tasks": [{"title": "A", "description": "a", "assignTo": "mate"}]}});
+    assert_eq!(answer(app.post("/v1/playbooks", playbook)).await.0, 201);
+    let runs = (0..12).map(|_| answer(app.post("/v1/playbooks/many/run", json!({}))));
+    let mut names = HashSet::new();
+    for (status, body) in futures::future::join_all(runs).await {
+        assert_eq!(status, 201, "{body}");
+        names.insert(body["mission"]["name"].as_str().unwrap().to_owned());
+        app.mission_until(body["mission"]["id"].as_str().unwrap(), "completed")
+            .await;
+    }
+    assert_eq!(names.len(), 12);
+    assert_eq!(answer(app.get("/v1/agents/mate")).await.0, 404);
+}
+
+#[tokio::test]
+async fn faults_are_told_up_to_a_bound() {
+    let app = TestApp::with_noor(&[]).await;
+    let many: Vec<Value> = (0..1_500).map(|n| json!({"title": format!("a very long title of a task, the {n}th of them"), "description": "d", "assignTo": "noor"})).collect();
+    let titles: Vec<&str> = many
+        .iter()
+        .map(|task| task["title"].as_str().unwrap())
+        .collect();
+    let barrier =
+        json!([{"name": "b", "afterTasks": &titles[..700], "blocksTasks": &titles[700..]}]);
+    let response = app
+        .post(
+            "/v1/missions",
+            json!({"name": "m", "tasks": many, "checkpoints": barrier}),
+        )
+        .send()
+        .await
+        .unwrap();
+    assert_eq!(response.status(), 400);
+    let text = response.text().await.unwrap();
+    assert!(text.len() < 64 * 1024, "{}", text.len());
+    assert!(
+        text.contains("and more") && text.contains("and 700 more"),
+        "{text:.2000}"
+    );
+}
+
+#[tokio::test]
+async fn another_end_leaves_the_rest_of_a_schedule_as_it_was() {
+    let app = TestApp::with_noor(&[]).await;
+    let id = app
+        .mission("m", json!({"tasks": tasks(&[("A", &[])])}))
+        .await;
+    let schedule = json!({"missionId": id, "expression": "30 6 * * *", "recurring": true, "timezone": "Europe/Berlin", "overlap": "queue", "deadlineOffsetMs": 60_000});
+    assert_eq!(answer(app.post("/v1/schedules", schedule)).await.0, 201);
+    let path = format!("/v1/missions/{id}");
+    let (status, body) = answer(app.patch(&path, json!({"endDate": "2099-01-01T00:00:00Z"}))).await;
+    assert_eq!(
+        (status, &body["status"]),
+        (StatusCode::OK, &json!("recurring"))
+    );
+    answer(app.patch(&path, json!({"schedule": "0 7 * * *"}))).await;
+    let (_, kept) = answer(app.get(&format!("/v1/schedules/{id}"))).await;
+    assert_eq!(
+        (
+            &kept["expression"],
+            &kept["timezone"],
+            &kept["overlap"],
+            &kept["deadlineOffsetMs"],
+            &kept["endDate"]
+        ),
+        (
+            &json!("0 7 * * *"),
+            &json!("Europe/Berlin"),
+            &json!("queue"),
+            &json!(60_000),
+            &json!("2099-01-01T00:00:00.000Z")
+        )
+    );
+    assert_eq!(
+        answer(app.patch(&path, json!({"status": "draft", "schedule": "0 8 * * *"})))
+            .await
+            .0,
+        400
+    );
+}

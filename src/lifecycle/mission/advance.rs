@@ -4,11 +4,12 @@ use chrono::Utc;
 use serde_json::{Value, json};
 
 use super::super::{LifecycleError, Result};
+use super::execute::bring_team;
 use super::finish::finish;
 use super::{go_on_if_nothing_pauses, next_look};
 use crate::event::timestamp;
 use crate::ids::{self, Id};
-use crate::mission::{Barrier, BarrierKind, BarrierList, Mission, Status, TaskEnd};
+use crate::mission::{Barrier, BarrierKind, BarrierList, Document, Mission, Status, TaskEnd};
 use crate::store::{
     BarrierRow, BarrierState, DeletedTask, Job, MissionRunRow, ProjectDb, ProjectTx, until,
 };
@@ -45,7 +46,7 @@ async fn ended(tx: &mut ProjectTx, db: &ProjectDb, task: &Task, place: Place) ->
         tx.wake_dependents(task).await?;
     }
     if outlook.barriers {
-        reach(tx, &run, task.id).await?;
+        reach(tx, &run, Some(task.id)).await?;
     }
     if !outlook.unfinished {
         finish(tx, db, run, None).await?;
@@ -88,6 +89,7 @@ pub(super) async fn open_again(
     let now = Utc::now();
     run.ended_at = None;
     run.report = None;
+    run.held = false;
     // A deadline that has passed was told of.
     run.deadline = run.deadline.filter(|deadline| *deadline > now);
     tx.save_mission_run(run, None).await?;
@@ -105,6 +107,16 @@ pub(super) async fn open_again(
         tx.enqueue(Job::Delay(delay.id), 1.0, left.unwrap_or_default())
             .await?;
     }
+    if run.volatile_team {
+        // It went when the run ended.
+        let members = tx.mission_definition(mission.id).await?;
+        if let Some(team) = Document::parse(&members)
+            .ok()
+            .and_then(|document| document.team)
+        {
+            bring_team(tx, &team, &run.group).await?;
+        }
+    }
     mission.go(Status::Active, None)?;
     if let Some(barrier) = reached.iter().find(|barrier| barrier.pauses()) {
         mission.go(Status::Paused, Some(reason(barrier)))?;
@@ -121,7 +133,11 @@ pub(super) fn reason(barrier: &BarrierRow) -> String {
 }
 
 /// Whatever is reached now that a task has ended. The run must be held.
-async fn reach(tx: &mut ProjectTx, run: &MissionRunRow, ended: Id<ids::Task>) -> Result<()> {
+async fn reach(
+    tx: &mut ProjectTx,
+    run: &MissionRunRow,
+    ended: Option<Id<ids::Task>>,
+) -> Result<()> {
     let reached = tx.barriers_reached(run.place, ended).await?;
     if reached.is_empty() {
         return Ok(());
@@ -298,7 +314,11 @@ pub async fn tasks_removed(
     places.dedup();
     for place in places {
         let run = tx.lock_mission_run(place).await?;
-        if run.ended_at.is_none() && !tx.has_unfinished(place).await? {
+        if run.ended_at.is_some() {
+            continue;
+        }
+        reach(tx, &run, None).await?;
+        if !tx.has_unfinished(place).await? {
             finish(tx, db, run, None).await?;
         }
     }

@@ -1,9 +1,9 @@
 //! A mission's definition: made, changed, and edited part by part (contract 2.8.9). A run that is under way keeps the
 //! definition that it began with.
 
-use chrono::Utc;
+use chrono::{DateTime, Utc};
 
-use super::super::schedule::{self, NewSchedule};
+use super::super::schedule::{self, NewSchedule, ScheduleChange};
 use super::super::{LifecycleError, Result};
 use super::{pause, resume, taken, wrong_state};
 use crate::ids::{self, Id};
@@ -51,6 +51,8 @@ pub struct MissionChange {
     pub status: Option<Status>,
     /// Another schedule, or none.
     pub schedule: Option<Option<NewSchedule>>,
+    /// Another end of the schedule that there is, or none.
+    pub end_date: Option<Option<DateTime<Utc>>>,
 }
 
 /// Changes a mission.
@@ -77,11 +79,16 @@ pub async fn update(db: &ProjectDb, id: Id<ids::Mission>, change: MissionChange)
         tx.save_definition(id, &document).await?;
     }
     match change.schedule {
-        Some(Some(new)) => {
-            schedule::put(&mut tx, &mut mission, new, Utc::now()).await?;
-        }
+        Some(Some(new)) => schedule::put_over(&mut tx, &mut mission, new, Utc::now()).await?,
         Some(None) => schedule::remove(&mut tx, &mut mission).await?,
         None => {}
+    }
+    if let Some(end_date) = change.end_date {
+        let change = ScheduleChange {
+            end_date: Some(end_date),
+            ..ScheduleChange::default()
+        };
+        schedule::change(&mut tx, &mut mission, change).await?;
     }
     let later = match change.status.filter(|status| *status != mission.status()) {
         Some(status) => set_by_hand(&mut tx, &mut mission, status).await?,

@@ -40,9 +40,6 @@ pub async fn execute(db: &ProjectDb, id: Id<ids::Mission>) -> Result<Execution> 
     Ok(execution)
 }
 
-/// How often a name is looked for that others take at the same time.
-const NAMES: u32 = 5;
-
 /// Makes a mission under a free name and executes it, in one commit.
 ///
 /// # Errors
@@ -52,22 +49,16 @@ pub async fn launch(
     base: &str,
     document: &Document,
 ) -> Result<(Mission, Execution)> {
-    let mut tries = 0;
-    loop {
-        tries += 1;
-        let mut tx = db.begin().await?;
-        let name = tx.free_mission_name(base).await?;
-        let mut mission = Mission::new(name, Utc::now());
-        mission.tell_saved();
-        match tx.create_mission(&mut mission, document).await {
-            Err(error) if error.is_mission_name_taken() && tries < NAMES => continue,
-            Err(error) => return Err(super::taken(error, &mission.name)),
-            Ok(()) => {}
-        }
-        let execution = begin_run(&mut tx, db, &mut mission, None, Utc::now()).await?;
-        tx.commit().await?;
-        return Ok((mission, execution));
-    }
+    let mut tx = db.begin().await?;
+    let name = tx.free_mission_name(base).await?;
+    let mut mission = Mission::new(name, Utc::now());
+    mission.tell_saved();
+    tx.create_mission(&mut mission, document)
+        .await
+        .map_err(|error| super::taken(error, &mission.name))?;
+    let execution = begin_run(&mut tx, db, &mut mission, None, Utc::now()).await?;
+    tx.commit().await?;
+    Ok((mission, execution))
 }
 
 /// Begins a run, for a schedule or a person. The mission must be held.
@@ -155,7 +146,7 @@ fn deadline_of(
 }
 
 /// Makes those agents of a mission's team that do not exist.
-async fn bring_team(tx: &mut ProjectTx, team: &Team, group: &str) -> Result<()> {
+pub(super) async fn bring_team(tx: &mut ProjectTx, team: &Team, group: &str) -> Result<()> {
     let names: Vec<String> = team
         .agents
         .iter()
@@ -173,12 +164,12 @@ async fn bring_team(tx: &mut ProjectTx, team: &Team, group: &str) -> Result<()> 
             definition.insert("volatile".to_owned(), json!(true));
             definition.insert("missionGroup".to_owned(), json!(group));
         }
-        tx.create_agent(&NewAgent {
+        let new = NewAgent {
             name: &member.name,
             team: &first,
             definition: &definition,
-        })
-        .await?;
+        };
+        tx.create_agent_unless_there(&new).await?;
     }
     Ok(())
 }

@@ -51,6 +51,7 @@ pub(super) async fn finish(
         mission.tell("schedule:completed", json!({"scheduleId": schedule}));
     }
     run.ended_at = Some(now);
+    run.held = false;
     run.report = Some(report);
     tx.save_mission_run(&run, Some(passed)).await?;
     tx.save_mission(&mut mission).await?;
@@ -159,6 +160,12 @@ pub async fn deadline(lease: &Lease, id: Id<ids::Mission>) -> Result<()> {
         return Ok(());
     };
     if over {
+        if tx.count_unfinished(place).await? != tasks.len() {
+            // One was taken up again meanwhile, and is not among those that are held.
+            tx.put_off(lease, super::super::NOW).await?;
+            tx.commit().await?;
+            return Ok(());
+        }
         let told = json!({
             "entityId": id, "entityType": "mission", "deadline": timestamp(deadline),
             "overdueMs": (now - deadline).num_milliseconds(),
@@ -215,6 +222,7 @@ pub(super) async fn remove_tasks(db: &ProjectDb, mission: Id<ids::Mission>) -> R
             let told = json!({"taskId": task.id});
             tx.emit(crate::event::Event::new("task:removed", told));
         }
+        super::tasks_removed(&mut tx, db, &gone).await?;
         tx.commit().await?;
         removed += gone.len() as u64;
     }

@@ -141,10 +141,27 @@ pub async fn pause(db: &ProjectDb, id: Id<ids::Mission>) -> Result<()> {
 /// # Errors
 /// 409 for a mission that neither runs nor is to run.
 pub async fn abort(db: &ProjectDb, id: Id<ids::Mission>) -> Result<usize> {
+    for _ in 0..TRIES {
+        if let Some(aborted) = try_abort(db, id).await? {
+            return Ok(aborted);
+        }
+    }
+    Err(LifecycleError::Conflict(
+        "The mission moves too fast to be aborted. Pause it first, then try again.".to_owned(),
+    ))
+}
+
+/// How often a deed begins again whose tasks changed while it waited for them.
+const TRIES: u32 = 10;
+
+/// Aborts a mission, unless its run or its tasks are not any more what was held.
+async fn try_abort(db: &ProjectDb, id: Id<ids::Mission>) -> Result<Option<usize>> {
     let mut tx = db.begin().await?;
-    let mission = read(&mut tx, id).await?;
-    let place = newest(&mission, "").ok();
-    let mut tasks = match place.filter(|_| mission.status().is_running()) {
+    let seen = read(&mut tx, id).await?;
+    let place = newest(&seen, "")
+        .ok()
+        .filter(|_| seen.status().is_running());
+    let mut tasks = match place {
         Some(place) => tx.lock_tasks_of_run(place, false).await?,
         None => Vec::new(),
     };
@@ -153,42 +170,34 @@ pub async fn abort(db: &ProjectDb, id: Id<ids::Mission>) -> Result<usize> {
         None => None,
     };
     let mut mission = tx.lock_mission(id).await?;
+    if mission.status() != seen.status() || mission.execution_count != seen.execution_count {
+        return Ok(None);
+    }
     if !mission.status().allows(Status::Cancelled) {
         return Err(wrong_state(&mission, "aborted; it does not run"));
     }
-    if mission.status().is_running()
-        != place.is_some_and(|place| {
-            place.run == mission.execution_count
-                && run.as_ref().is_some_and(|run| run.ended_at.is_none())
-        })
-    {
-        return Err(LifecycleError::Conflict(
-            "The mission has just begun or ended. Try again.".to_owned(),
-        ));
+    if let Some(run) = &mut run {
+        // A task that was taken up again meanwhile is not among those that are held.
+        if tx.count_unfinished(run.place).await? != tasks.len() {
+            return Ok(None);
+        }
+        let sentence = "The mission was aborted.";
+        end_tasks(&mut tx, &mut tasks, EndReason::Killed, sentence).await?;
+        run.ended_at = Some(chrono::Utc::now());
+        run.held = false;
+        tx.save_mission_run(run, Some(false)).await?;
     }
-    let was_running = mission.status().is_running();
-    end_tasks(
-        &mut tx,
-        &mut tasks,
-        EndReason::Killed,
-        "The mission was aborted.",
-    )
-    .await?;
     mission.go(Status::Cancelled, Some("Aborted.".to_owned()))?;
-    mission.tell(
-        "mission:aborted",
-        json!({"name": mission.name, "aborted": tasks.len()}),
-    );
+    let told = json!({"name": mission.name, "aborted": tasks.len()});
+    mission.tell("mission:aborted", told);
     tx.save_mission(&mut mission).await?;
     tx.delete_schedule_of(id).await?;
-    if let Some(run) = run.as_mut().filter(|_| was_running) {
-        run.ended_at = Some(chrono::Utc::now());
-        tx.save_mission_run(run, Some(false)).await?;
+    if let Some(run) = &run {
         call_off_timers(&mut tx, run.place).await?;
         dismiss_team(&mut tx, db, run).await?;
     }
     tx.commit().await?;
-    Ok(tasks.len())
+    Ok(Some(tasks.len()))
 }
 
 /// Removes a mission with all that belongs to it.
