@@ -112,7 +112,7 @@ impl ProjectDb {
             name_or_id,
             id
         )
-        .fetch_one(&self.pool)
+        .fetch_one(&self.aside)
         .await?;
         let agent = Arc::new(AgentRow::from(stored));
         self.warm.keep_agent(

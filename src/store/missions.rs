@@ -361,7 +361,7 @@ impl ProjectDb {
             place.mission.uuid(),
             place.run
         )
-        .fetch_one(&self.pool)
+        .fetch_one(&self.aside)
         .await?)
     }
 

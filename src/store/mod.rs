@@ -163,6 +163,9 @@ pub struct PoolSettings {
     pub acquire_timeout: Duration,
 }
 
+/// The connections to a world for what is read in the middle of a change. Most of that is known without asking.
+const ASIDE: u32 = 2;
+
 /// The database: one pool per schema, each with its `search_path` fixed at connect,
 /// so a plain table name never reaches another schema (`tests/house.rs` refuses qualified ones).
 #[derive(Debug, Clone)]
@@ -170,6 +173,9 @@ pub struct Db {
     platform: PgPool,
     live: PgPool,
     test: PgPool,
+    /// See [`ProjectDb::aside`].
+    live_aside: PgPool,
+    test_aside: PgPool,
     /// Connections that are kept for as long as the process lives: one listens, one holds its lock.
     standing: PgPool,
     warm: Arc<Warm>,
@@ -206,6 +212,8 @@ impl Db {
             platform: pool("platform", settings.platform_connections),
             live: pool(World::Live.schema(), settings.world_connections),
             test: pool(World::Test.schema(), settings.world_connections),
+            live_aside: pool(World::Live.schema(), ASIDE),
+            test_aside: pool(World::Test.schema(), ASIDE),
             standing: pool("platform", 2),
             warm: Arc::default(),
             bell: Arc::default(),
@@ -225,6 +233,8 @@ impl Db {
             self.platform.close(),
             self.live.close(),
             self.test.close(),
+            self.live_aside.close(),
+            self.test_aside.close(),
             self.standing.close()
         );
     }
@@ -233,6 +243,10 @@ impl Db {
     fn project(&self, project: Uuid, world: World) -> ProjectDb {
         ProjectDb {
             pool: self.world(world).clone(),
+            aside: match world {
+                World::Live => self.live_aside.clone(),
+                World::Test => self.test_aside.clone(),
+            },
             project,
             world,
             warm: self.warm.clone(),
@@ -245,6 +259,9 @@ impl Db {
 #[derive(Debug, Clone)]
 pub struct ProjectDb {
     pool: PgPool,
+    /// For what is read while a change of ours may be open: were it read through `pool`, changes that have all of its connections
+    /// would wait for one more, and so for each other.
+    aside: PgPool,
     project: Uuid,
     world: World,
     warm: Arc<Warm>,

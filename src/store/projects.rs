@@ -211,6 +211,13 @@ impl Db {
 impl ProjectDb {
     async fn purge(&self) -> Result<()> {
         let mut tx = self.pool.begin().await?;
+        // In the order in which deeds lock rows: some may still be going on. What belongs to these goes with them.
+        sqlx::query!("delete from tasks where project_id = $1", self.project)
+            .execute(&mut *tx)
+            .await?;
+        sqlx::query!("delete from missions where project_id = $1", self.project)
+            .execute(&mut *tx)
+            .await?;
         sqlx::query!("delete from jobs where project_id = $1", self.project)
             .execute(&mut *tx)
             .await?;
@@ -226,25 +233,15 @@ impl ProjectDb {
         sqlx::query!("delete from runs where project_id = $1", self.project)
             .execute(&mut *tx)
             .await?;
-        sqlx::query!("delete from tasks where project_id = $1", self.project)
-            .execute(&mut *tx)
-            .await?;
-        // Runs, barriers and schedules go with them.
-        sqlx::query!("delete from missions where project_id = $1", self.project)
-            .execute(&mut *tx)
-            .await?;
         sqlx::query!("delete from playbooks where project_id = $1", self.project)
             .execute(&mut *tx)
             .await?;
-        sqlx::query!("delete from events where project_id = $1", self.project)
+        sqlx::query!("delete from agents where project_id = $1", self.project)
             .execute(&mut *tx)
             .await?;
-        sqlx::query!(
-            "delete from event_heads where project_id = $1",
-            self.project
-        )
-        .execute(&mut *tx)
-        .await?;
+        sqlx::query!("delete from teams where project_id = $1", self.project)
+            .execute(&mut *tx)
+            .await?;
         sqlx::query!("delete from settings where project_id = $1", self.project)
             .execute(&mut *tx)
             .await?;
@@ -254,10 +251,13 @@ impl ProjectDb {
         sqlx::query!("delete from memories where project_id = $1", self.project)
             .execute(&mut *tx)
             .await?;
-        sqlx::query!("delete from agents where project_id = $1", self.project)
-            .execute(&mut *tx)
-            .await?;
-        sqlx::query!("delete from teams where project_id = $1", self.project)
+        sqlx::query!(
+            "delete from event_heads where project_id = $1",
+            self.project
+        )
+        .execute(&mut *tx)
+        .await?;
+        sqlx::query!("delete from events where project_id = $1", self.project)
             .execute(&mut *tx)
             .await?;
         tx.commit().await?;

@@ -22,7 +22,7 @@ impl ProjectDb {
             r#"select body as "body: Json<Map<String, Value>>" from settings where project_id = $1"#,
             self.project
         )
-        .fetch_optional(&self.pool)
+        .fetch_optional(&self.aside)
         .await?;
         // They were checked when they were set, perhaps by a newer version.
         let settings = body

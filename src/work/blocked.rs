@@ -103,7 +103,7 @@ async fn lock_all(
             Err(error) => return Err(error.into()),
         }
     }
-    Ok((task.ok_or(WorkError::LeaseLost)?, failed))
+    Ok((task.ok_or(WorkError::Gone)?, failed))
 }
 
 async fn judge(

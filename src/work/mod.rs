@@ -59,6 +59,9 @@ enum WorkError {
     /// It is someone else's now, or nobody's.
     #[error("the lease is lost")]
     LeaseLost,
+    /// What it is about was deleted, or something that this needs.
+    #[error("something of it is gone")]
+    Gone,
     /// The database is away.
     #[error("the database is unavailable")]
     Unavailable(#[source] anyhow::Error),
@@ -70,8 +73,8 @@ enum WorkError {
 impl From<StoreError> for WorkError {
     fn from(error: StoreError) -> Self {
         match error {
-            // What the job is about was deleted.
-            StoreError::LeaseLost | StoreError::NotFound => Self::LeaseLost,
+            StoreError::LeaseLost => Self::LeaseLost,
+            StoreError::NotFound => Self::Gone,
             StoreError::Unavailable(_) => Self::Unavailable(error.into()),
             error => Self::Defect(error.into()),
         }
@@ -375,6 +378,7 @@ impl Held {
         let done = AssertUnwindSafe(self.dispatch()).catch_unwind().await;
         let returned = match done {
             Ok(Ok(()) | Err(WorkError::LeaseLost)) => return,
+            Ok(Err(WorkError::Gone)) => self.drop_if_gone().await,
             Ok(Err(WorkError::Unavailable(error))) => {
                 tracing::warn!(job = ?self.lease.job, "a job must wait for the database: {error:#}");
                 self.put_off(REST).await.map_err(WorkError::from)
@@ -391,6 +395,29 @@ impl Held {
         if let Err(unreturned) = returned {
             tracing::debug!("the job comes back when its lease runs out: {unreturned}");
         }
+    }
+
+    /// Drops the job if what it is about was deleted at the moment in which someone owed it: nobody else would, and it would be
+    /// claimed for ever.
+    async fn drop_if_gone(&self) -> Result<()> {
+        let db = &self.lease.db;
+        let mut tx = db.begin().await?;
+        let found = match self.lease.job {
+            Job::Task(id)
+            | Job::Blocked(id)
+            | Job::Reassess(id)
+            | Job::Deadline(id)
+            | Job::Escalation(id) => tx.lock_task(id).await.map(drop),
+            Job::MissionDeadline(id) => tx.mission_as_it_stands(id).await.map(drop),
+            Job::Delay(id) => tx.barrier(id).await.map(drop),
+            // These go with what they are about, under its lock.
+            Job::Approval(_) | Job::Schedule(_) | Job::Webhook(_) => Ok(()),
+        };
+        match found {
+            Err(StoreError::NotFound) => tx.complete(&self.lease).await?,
+            found => return Ok(found?),
+        }
+        Ok(tx.commit().await?)
     }
 
     /// Has a job tried again that failed because of us, but not for ever.

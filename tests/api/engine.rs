@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use sqlx::{Connection, PgConnection};
 use uuid::Uuid;
 
-use crate::harness::{Reply, TestApp, answer, last_text, said};
+use crate::harness::{Reply, TestApp, answer, eventually, last_text, said};
 
 #[tokio::test]
 async fn a_tenant_with_many_tasks_does_not_delay_anothers_one() {
@@ -161,6 +161,41 @@ async fn limits_of_an_agent_and_of_the_project_are_kept_and_nobody_waits_for_eve
         let limit = agent.into_iter().chain(project).min().unwrap();
         assert_eq!(most.load(Ordering::SeqCst), limit, "{agent:?} {project:?}");
     }
+}
+
+/// A task can be deleted in the moment in which another's end owes it its turn: both are right, and a job is left.
+#[tokio::test]
+async fn a_job_of_what_was_deleted_is_dropped() {
+    let app = TestApp::start().await;
+    let mut database = PgConnection::connect(&app.database_url).await.unwrap();
+    for (kind, lane) in [
+        ("task", 0_i16),
+        ("blocked", 0),
+        ("reassess", 0),
+        ("deadline", 2),
+        ("escalation", 2),
+        ("mission_deadline", 2),
+        ("delay", 2),
+    ] {
+        sqlx::query(
+            "insert into production.jobs (project_id, kind, subject, ready, due_at, lane)
+            values ($1, $2, gen_random_uuid(), true, now(), $3)",
+        )
+        .bind(app.project.parse::<Uuid>().unwrap())
+        .bind(kind)
+        .bind(lane)
+        .execute(&mut database)
+        .await
+        .unwrap();
+    }
+    eventually("no job is left", async || {
+        let left: i64 = sqlx::query_scalar("select count(*) from production.jobs")
+            .fetch_one(&mut database)
+            .await
+            .unwrap();
+        left == 0
+    })
+    .await;
 }
 
 /// A runtime of one history: its servers and their connections end with it.

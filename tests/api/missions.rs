@@ -1590,3 +1590,15 @@ async fn another_end_leaves_the_rest_of_a_schedule_as_it_was() {
         400
     );
 }
+/// What is read in the middle of a change does not wait for a connection that only the end of changes gives back.
+#[tokio::test]
+async fn a_process_with_one_connection_takes_a_mission_past_its_gate() {
+    let app =
+        TestApp::with_noor(&["--world-connections", "1", "--acquire-timeout-ms", "1000"]).await;
+    let id = app
+        .mission("m", json!({"tasks": tasks(&[("A", &[]), ("B", &["A"])]),
+            "qualityGates": [{"name": "g", "afterTasks": ["A"], "blocksTasks": ["B"], "requireAllPassed": true}]}))
+        .await;
+    assert_eq!(app.execute(&id).await.0, 200);
+    app.mission_until(&id, "completed").await;
+}
