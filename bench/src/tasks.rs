@@ -31,9 +31,9 @@ pub(crate) struct Project {
 
 /// A frame of the event stream, and when it came.
 pub(crate) struct Told {
-    name: String,
-    payload: Value,
-    at_us: u64,
+    pub(crate) name: String,
+    pub(crate) payload: Value,
+    pub(crate) at_us: u64,
 }
 
 impl Project {
