@@ -7,6 +7,7 @@
 use clap::{Parser, Subcommand};
 
 mod load;
+mod missions;
 mod process;
 mod proxy;
 mod report;

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::load::{Measured, Target};
 use crate::process::{Server, cpu_seconds, cpu_seconds_of_tree, resident_mb};
 use crate::report::{Report, percentile};
-use crate::{tasks, webhooks};
+use crate::{missions, tasks, webhooks};
 
 #[derive(Args)]
 pub(crate) struct Options {
@@ -36,6 +36,12 @@ pub(crate) struct Options {
     /// Measure webhooks alone.
     #[arg(long)]
     only_webhooks: bool,
+    /// Measure missions and schedules alone.
+    #[arg(long)]
+    only_missions: bool,
+    /// Schedules that are due in the same second; 0 leaves them out.
+    #[arg(long, default_value_t = 10_000)]
+    schedules: usize,
     /// Requests of each closed loop.
     #[arg(long, default_value_t = 4000)]
     requests: usize,
@@ -69,6 +75,9 @@ async fn measure(options: &Options, cluster: &Cluster) -> anyhow::Result<()> {
     }
     if options.only_webhooks {
         return webhooks::measure(&options.polpo, cluster, &upstream.url).await;
+    }
+    if options.only_missions {
+        return measure_missions(options, cluster, &upstream.url).await;
     }
     let pass = Server::start(
         &me,
@@ -159,7 +168,17 @@ async fn measure(options: &Options, cluster: &Cluster) -> anyhow::Result<()> {
     // The engine has the machine for itself.
     drop((pass, reference, polpo));
     tasks::measure(&options.polpo, cluster, &upstream.url, options.sustained).await?;
-    webhooks::measure(&options.polpo, cluster, &upstream.url).await
+    webhooks::measure(&options.polpo, cluster, &upstream.url).await?;
+    measure_missions(options, cluster, &upstream.url).await
+}
+
+async fn measure_missions(
+    options: &Options,
+    cluster: &Cluster,
+    upstream: &str,
+) -> anyhow::Result<()> {
+    let (rounds, schedules) = (options.rounds, options.schedules);
+    missions::measure(&options.polpo, cluster, upstream, rounds, schedules).await
 }
 
 async fn drive(

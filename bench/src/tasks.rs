@@ -1,7 +1,6 @@
 //! Measures the engine: what it adds to the model's own time, how many tasks it finishes, how soon it goes on after a
 //! kill, and how late an event is. There is nothing to compare with in the same run, so these are absolute figures.
 
-use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -10,13 +9,15 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail, ensure};
 use futures::StreamExt;
 use polpo::embedded::Cluster;
+use polpo::ids::{self, Id};
 use serde_json::{Value, json};
+use sqlx::PgPool;
 use tokio::sync::mpsc;
 
 use crate::process::{Server, cpu_seconds, cpu_seconds_of_tree, resident_mb};
 use crate::report::percentile;
 use crate::run::{ADMIN, settings};
-use crate::upstream::now_us;
+use crate::upstream::{Asked, now_us};
 
 /// What a model call of the scripted provider takes.
 const CALL_MS: f64 = 50.0;
@@ -31,9 +32,9 @@ pub(crate) struct Project {
 
 /// A frame of the event stream, and when it came.
 pub(crate) struct Told {
-    name: String,
-    payload: Value,
-    at_us: u64,
+    pub(crate) name: String,
+    pub(crate) payload: Value,
+    pub(crate) at_us: u64,
 }
 
 impl Project {
@@ -62,6 +63,7 @@ impl Project {
             "agent-6-50",
             "agent-1-0",
             "agent-200-50",
+            "agent-400-0",
         ] {
             post(
                 "/v1/agents",
@@ -174,6 +176,15 @@ pub(crate) async fn measure(
     events_in_time(&project, &server).await?;
     drop(events);
     resume(polpo, &project, server, &database, upstream).await
+}
+
+/// How much something was at the start and at the end.
+fn row_pair(name: &str, start: f64, end: f64) {
+    println!(
+        "{name:<50}{:>12}{:>20}",
+        format!("{start:.1}, {end:.1}"),
+        "-"
+    );
 }
 
 pub(crate) fn row(name: &str, value: f64) {
@@ -291,6 +302,7 @@ async fn sustain(
         }));
     }
     let (own, database) = (cpu_seconds(pid), cpu_seconds_of_tree(postgres));
+    let start = resident_mb(pid);
     let (began, mut finished, mut early) = (Instant::now(), 0usize, 0.0);
     while Instant::now() < until {
         if tokio::time::timeout_at(until.into(), done(events, 1))
@@ -325,20 +337,19 @@ async fn sustain(
         "  CPU s per 1,000, with Postgres",
         (own + database) / finished as f64 * 1000.0,
     );
+    row_pair("  resident MB, at the start and at the end", start, late);
     row("  resident MB after a quarter", early);
-    row("  resident MB at the end", late);
     Ok(())
 }
 
-/// 200 events a second with 1,000 idle readers attached.
+/// 200 events a second with 1,000 readers attached to the same project, who wait for an event that does not come.
 async fn events_in_time(project: &Project, server: &Server) -> anyhow::Result<()> {
     const IDLE: usize = 1_000;
-    let quiet = Project::make(&server.url, "Quiet").await?;
     tokio::time::sleep(Duration::from_secs(1)).await;
     let before = resident_mb(server.pid()?);
     let mut idle = Vec::new();
     for _ in 0..IDLE / 50 {
-        let some = (0..50).map(|_| quiet.follow("*"));
+        let some = (0..50).map(|_| project.follow("mission:aborted"));
         idle.extend(futures::future::try_join_all(some).await?);
     }
     tokio::time::sleep(Duration::from_secs(2)).await;
@@ -372,6 +383,10 @@ async fn events_in_time(project: &Project, server: &Server) -> anyhow::Result<()
     }
     writer.await?;
     row(
+        "  after 2,000 events that are not for them, kB",
+        (resident_mb(server.pid()?) - before) * 1024.0 / IDLE as f64,
+    );
+    row(
         "200 events a second, stamp to frame ms, p50",
         percentile(&late, 50.0),
     );
@@ -388,8 +403,90 @@ pub(crate) fn polpo_time_us(text: &str) -> Option<u64> {
     u64::try_from(at.timestamp_micros()).ok()
 }
 
-/// Kills the process that runs a long task, and looks when its model is asked again: by another process, and by the
-/// same one started again.
+/// Two processes on one database, either of which may be away.
+struct Pair<'a> {
+    polpo: &'a Path,
+    database: &'a str,
+    upstream: &'a str,
+    servers: [Option<Server>; 2],
+}
+
+const PORTS: [u16; 2] = [4806, 4807];
+
+impl Pair<'_> {
+    /// Starts those that are away.
+    async fn complete(&mut self) -> anyhow::Result<()> {
+        for (server, port) in self.servers.iter_mut().zip(PORTS) {
+            if server.is_none() {
+                let variables =
+                    settings(self.database, &format!("127.0.0.1:{port}"), self.upstream);
+                *server = Some(Server::start(self.polpo, &["serve"], &variables, port).await?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Which of them is at a task.
+    async fn at(&self, project: &Project, task: &str) -> anyhow::Result<usize> {
+        let request = project
+            .client
+            .get(format!("{}/v1/agents/processes", project.url))
+            .bearer_auth(&project.key);
+        let listed: Value = request.send().await?.json().await?;
+        let pid = listed
+            .as_array()
+            .into_iter()
+            .flatten()
+            .find(|one| one["taskId"] == task)
+            .and_then(|one| one["pid"].as_u64());
+        let pid = u32::try_from(pid.context("nobody runs the task")?)?;
+        let is_it = |server: &Option<Server>| {
+            server
+                .as_ref()
+                .is_some_and(|server| server.pid().is_ok_and(|own| own == pid))
+        };
+        self.servers
+            .iter()
+            .position(is_it)
+            .context("another process runs the task")
+    }
+}
+
+/// How often turns were asked for, and how often such as were on record already.
+#[derive(Default)]
+struct Turns {
+    asked: usize,
+    repeated: usize,
+}
+
+impl Turns {
+    /// Counts a task's. A turn's answer is on record from the time of its step on; whoever asks for it then repeats it.
+    async fn count(&mut self, pair: &Pair<'_>, id: &str, title: &str) -> anyhow::Result<()> {
+        let task = id.parse::<Id<ids::Task>>()?.uuid();
+        let pool = PgPool::connect(pair.database).await?;
+        let recorded: Vec<i64> = sqlx::query_scalar(
+            "select (extract(epoch from s.created_at) * 1000000)::bigint
+            from production.tasks t
+            join production.steps s on s.project_id = t.project_id and s.run_id = t.run_id
+            where t.id = $1 and s.kind = 'model'
+            order by s.number",
+        )
+        .bind(task)
+        .fetch_all(&pool)
+        .await?;
+        pool.close().await;
+        ensure!(!recorded.is_empty(), "no turn is on record");
+        for (at, turn) in asked(pair.upstream, title).await? {
+            let recorded = recorded.get(usize::try_from(turn)?);
+            self.asked += 1;
+            self.repeated +=
+                usize::from(recorded.is_some_and(|recorded| *recorded < at.cast_signed()));
+        }
+        Ok(())
+    }
+}
+
+/// Stops the process that runs a long task, in three ways, and looks when its model is asked again.
 async fn resume(
     polpo: &Path,
     project: &Project,
@@ -397,103 +494,124 @@ async fn resume(
     database: &str,
     upstream: &str,
 ) -> anyhow::Result<()> {
-    let mut first = Some(server);
-    let mut other = Some(
-        Server::start(
-            polpo,
-            &["serve"],
-            &settings(database, "127.0.0.1:4807", upstream),
-            4807,
-        )
-        .await?,
-    );
-    let (mut by_other, mut by_same) = (Vec::new(), Vec::new());
+    let mut pair = Pair {
+        polpo,
+        database,
+        upstream,
+        servers: [Some(server), None],
+    };
+    let mut turns = Turns::default();
+    killed(&mut pair, project, &mut turns).await?;
+    hung(&mut pair, project, &mut turns).await?;
+    restarted(&mut pair, project, &mut turns).await?;
+    row("  turns asked for in all of these", turns.asked as f64);
+    row("  turns asked for though on record", turns.repeated as f64);
+    Ok(())
+}
+
+/// Kill -9, and another process.
+async fn killed(pair: &mut Pair<'_>, project: &Project, turns: &mut Turns) -> anyhow::Result<()> {
+    let mut late = Vec::new();
     for round in 0..5 {
+        pair.complete().await?;
         let title = format!("resume {round}");
-        let through = Project {
-            url: "http://127.0.0.1:4807".to_owned(),
-            ..project.clone()
-        };
-        let id = through.create("agent-200-50", &title).await?;
+        let id = project.create("agent-200-50", &title).await?;
         tokio::time::sleep(Duration::from_millis(700)).await;
-        let listed: Value = through
-            .client
-            .get(format!("{}/v1/agents/processes", through.url))
-            .bearer_auth(&through.key)
-            .send()
-            .await?
-            .json()
-            .await?;
-        let pid = listed
-            .as_array()
-            .into_iter()
-            .flatten()
-            .find(|one| one["taskId"] == id.as_str())
-            .and_then(|one| one["pid"].as_u64());
-        let pid = u32::try_from(pid.context("nobody runs the task")?)?;
-        let is_first = first
-            .as_ref()
-            .is_some_and(|server| server.pid().is_ok_and(|own| own == pid));
+        let at = pair.at(project, &id).await?;
         let killed = now_us();
-        let (slot, bind, port) = if is_first {
-            (&mut first, "127.0.0.1:4806", 4806)
-        } else {
-            (&mut other, "127.0.0.1:4807", 4807)
-        };
         // Dropping it is kill -9.
-        drop(slot.take());
-        by_other.push(asked_after(upstream, &title, killed).await?);
-        *slot = Some(
-            Server::start(polpo, &["serve"], &settings(database, bind, upstream), port).await?,
-        );
-        through_any(&through, &id).await?;
-    }
-    drop(other.take());
-    for round in 0..5 {
-        let title = format!("restart {round}");
-        let through = Project {
-            url: "http://127.0.0.1:4806".to_owned(),
-            ..project.clone()
-        };
-        if first.is_none() {
-            first = Some(
-                Server::start(
-                    polpo,
-                    &["serve"],
-                    &settings(database, "127.0.0.1:4806", upstream),
-                    4806,
-                )
-                .await?,
-            );
-        }
-        let id = through.create("agent-200-50", &title).await?;
-        tokio::time::sleep(Duration::from_millis(500)).await;
-        drop(first.take());
-        tokio::time::sleep(Duration::from_millis(200)).await;
-        let started = now_us();
-        first = Some(
-            Server::start(
-                polpo,
-                &["serve"],
-                &settings(database, "127.0.0.1:4806", upstream),
-                4806,
-            )
-            .await?,
-        );
-        by_same.push(asked_after(upstream, &title, started).await?);
-        through_any(&through, &id).await?;
+        drop(pair.servers[at].take());
+        late.push(asked_after(pair.upstream, &title, killed).await?);
+        pair.complete().await?;
+        turns.count(pair, &id, &title).await?;
+        through_any(project, &id).await?;
     }
     row_beside(
         "kill to next model request, other process, ms",
-        percentile(&by_other, 50.0),
+        percentile(&late, 50.0),
         "1300 to 1600",
     );
-    row("  the worst of five", percentile(&by_other, 100.0));
+    row("  the worst of five", percentile(&late, 100.0));
+    Ok(())
+}
+
+/// A process that neither goes on nor dies, and another one: while it waits for a model, and in the midst of its commits.
+async fn hung(pair: &mut Pair<'_>, project: &Project, turns: &mut Turns) -> anyhow::Result<()> {
+    for (agent, after, label) in [
+        (
+            "agent-200-50",
+            700,
+            "hang to next model request, other process, ms",
+        ),
+        (
+            "agent-400-0",
+            200,
+            "the same amid commits, an instant model, ms",
+        ),
+    ] {
+        let mut late = Vec::new();
+        for round in 0..3 {
+            pair.complete().await?;
+            let title = format!("resume {agent} {round}");
+            let id = project.create(agent, &title).await?;
+            tokio::time::sleep(Duration::from_millis(after)).await;
+            let at = pair.at(project, &id).await?;
+            let pid = pair.servers[at].as_ref().context("it is away")?.pid()?;
+            signal(pid, "STOP").await?;
+            let asked = asked_after(pair.upstream, &title, now_us()).await;
+            signal(pid, "CONT").await?;
+            // Never is a figure too.
+            late.push(asked.unwrap_or(f64::INFINITY));
+            // It finds out by itself that the task is another's.
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            turns.count(pair, &id, &title).await?;
+            // The instant ones may be done.
+            let _ = project
+                .post(&format!("/v1/tasks/{id}/kill"), &json!({}))
+                .await;
+        }
+        row(label, percentile(&late, 50.0));
+        row("  the worst of three", percentile(&late, 100.0));
+    }
+    Ok(())
+}
+
+async fn signal(pid: u32, name: &str) -> anyhow::Result<()> {
+    let status = tokio::process::Command::new("kill")
+        .args([format!("-{name}"), pid.to_string()])
+        .status()
+        .await?;
+    ensure!(status.success(), "no signal can be sent");
+    Ok(())
+}
+
+/// Kill -9, and the same process again.
+async fn restarted(
+    pair: &mut Pair<'_>,
+    project: &Project,
+    turns: &mut Turns,
+) -> anyhow::Result<()> {
+    let mut late = Vec::new();
+    for round in 0..5 {
+        pair.servers[1] = None;
+        let title = format!("restart {round}");
+        let id = project.create("agent-200-50", &title).await?;
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        pair.servers[0] = None;
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        let started = now_us();
+        let variables = settings(pair.database, "127.0.0.1:4806", pair.upstream);
+        let server = Server::start(pair.polpo, &["serve"], &variables, PORTS[0]).await?;
+        pair.servers[0] = Some(server);
+        late.push(asked_after(pair.upstream, &title, started).await?);
+        turns.count(pair, &id, &title).await?;
+        through_any(project, &id).await?;
+    }
     row(
         "start to next model request, restarted, ms",
-        percentile(&by_same, 50.0),
+        percentile(&late, 50.0),
     );
-    row("  the worst of five", percentile(&by_same, 100.0));
+    row("  the worst of five", percentile(&late, 100.0));
     Ok(())
 }
 
@@ -512,22 +630,20 @@ async fn through_any(project: &Project, id: &str) -> anyhow::Result<()> {
     bail!("a task cannot be killed")
 }
 
+/// When the provider was asked about a task, and for which turn.
+async fn asked(upstream: &str, title: &str) -> anyhow::Result<Vec<(u64, u64)>> {
+    let mut asked: Asked = reqwest::get(format!("{upstream}/asked"))
+        .await?
+        .json()
+        .await?;
+    Ok(asked.remove(title).unwrap_or_default())
+}
+
 /// Milliseconds from an instant to the next time that the provider was asked about a task.
 async fn asked_after(upstream: &str, title: &str, after_us: u64) -> anyhow::Result<f64> {
-    let client = reqwest::Client::new();
-    for _ in 0..1_500 {
-        let asked: HashMap<String, Vec<u64>> = client
-            .get(format!("{upstream}/asked"))
-            .send()
-            .await?
-            .json()
-            .await?;
-        let next = asked
-            .get(title)
-            .into_iter()
-            .flatten()
-            .find(|at| **at > after_us);
-        if let Some(at) = next {
+    for _ in 0..2_000 {
+        let asked = asked(upstream, title).await?;
+        if let Some((at, _)) = asked.into_iter().find(|(at, _)| *at > after_us) {
             return Ok((at - after_us) as f64 / 1000.0);
         }
         tokio::time::sleep(Duration::from_millis(10)).await;

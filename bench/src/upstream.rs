@@ -68,10 +68,12 @@ async fn answer(body: Bytes) -> Response {
     ([(CONTENT_TYPE, "text/event-stream")], body).into_response()
 }
 
-/// When the provider was asked about the tasks that are there to be resumed.
-static ASKED: Mutex<Option<HashMap<String, Vec<u64>>>> = Mutex::new(None);
+/// When the provider was asked about the tasks that are there to be resumed, and for which of their turns.
+pub(crate) type Asked = HashMap<String, Vec<(u64, u64)>>;
 
-async fn asked() -> axum::Json<HashMap<String, Vec<u64>>> {
+static ASKED: Mutex<Option<Asked>> = Mutex::new(None);
+
+async fn asked() -> axum::Json<Asked> {
     let asked = ASKED.lock().map(|asked| asked.clone()).unwrap_or_default();
     axum::Json(asked.unwrap_or_default())
 }
@@ -101,7 +103,7 @@ async fn work(agent: &str, request: &Value) -> Response {
             .get_or_insert_default()
             .entry(title)
             .or_default()
-            .push(now_us());
+            .push((now_us(), results));
     }
     let pause = Duration::from_millis(number(pause));
     if !pause.is_zero() {
