@@ -840,11 +840,12 @@ impl ProjectTx {
 
     /// Owes tasks their next step at once, those that are not owed it yet.
     async fn owe_tasks(&mut self, tasks: &[Uuid]) -> Result<()> {
+        // Each by its key: given all ids at once, Postgres reads the project's tasks in the order that is asked for.
         let owed = sqlx::query!(
             "insert into jobs (project_id, kind, subject, priority, ready, due_at, lease)
             select t.project_id, 'task', t.id, (t.document ->> 'priority')::double precision, true, clock_timestamp(), nextval('leases')
-            from tasks t
-            where t.project_id = $1 and t.id = any($2)
+            from unnest($2::uuid[]) as owed (id)
+            cross join lateral (select project_id, id, document from tasks where project_id = $1 and id = owed.id limit 1) t
             order by t.id
             on conflict do nothing",
             self.db.project,
@@ -868,7 +869,11 @@ impl ProjectTx {
         freed: &[Uuid],
     ) -> Result<()> {
         let owed = sqlx::query!(
-            "with waiting as (
+            "with candidates as (
+                select task_id as id from dependencies where project_id = $1 and needs_id = $4
+                union
+                select unnest($5::uuid[])
+            ), waiting as (
                 select t.id, (t.document ->> 'priority')::double precision as priority, t.held,
                     (select bool_and(coalesce(n.status, 'failed') = 'done') from dependencies d
                      left join tasks n on n.project_id = d.project_id and n.id = d.needs_id
@@ -876,9 +881,12 @@ impl ProjectTx {
                     (select bool_or(coalesce(n.status, 'failed') = 'failed') from dependencies d
                      left join tasks n on n.project_id = d.project_id and n.id = d.needs_id
                      where d.project_id = $1 and d.task_id = t.id) as hopeless
-                from tasks t
-                where t.project_id = $1 and t.mission_id = $2 and t.mission_run = $3 and t.status = 'pending'
-                  and (t.id = any($5) or t.id in (select task_id from dependencies where project_id = $1 and needs_id = $4))
+                from candidates
+                cross join lateral (
+                    select id, mission_id, mission_run, status, held, document from tasks
+                    where project_id = $1 and id = candidates.id limit 1
+                ) t
+                where t.mission_id = $2 and t.mission_run = $3 and t.status = 'pending'
                   and not exists (select from barrier_holds h where h.project_id = $1 and h.task_id = t.id)
             )
             insert into jobs (project_id, kind, subject, priority, ready, due_at, lease)
