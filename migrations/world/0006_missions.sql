@@ -49,7 +49,7 @@ alter table tasks add column mission_run integer;
 alter table tasks add constraint tasks_mission_fkey
     foreign key (project_id, mission_id, mission_run) references mission_runs (project_id, mission_id, number);
 create index tasks_by_mission on tasks (project_id, mission_id, mission_run, id) where mission_id is not null;
-create index tasks_unfinished_by_mission on tasks (project_id, mission_id, mission_run)
+create index tasks_unfinished_by_mission on tasks (project_id, mission_id, mission_run, id)
     where mission_id is not null and status not in ('done', 'failed');
 -- Titles of a mission's tasks are unique within its run, which its definition sees to.
 drop index tasks_title_key;

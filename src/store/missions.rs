@@ -837,11 +837,12 @@ impl ProjectTx {
 
     /// Owes tasks their next step at once, those that are not owed it yet.
     async fn owe_tasks(&mut self, tasks: &[Uuid]) -> Result<()> {
+        // Each by its key: given all ids at once, Postgres reads the project's tasks in the order that is asked for.
         let owed = sqlx::query!(
             "insert into jobs (project_id, kind, subject, priority, ready, due_at, lease)
             select t.project_id, 'task', t.id, (t.document ->> 'priority')::double precision, true, clock_timestamp(), nextval('leases')
-            from tasks t
-            where t.project_id = $1 and t.id = any($2)
+            from unnest($2::uuid[]) as owed (id)
+            cross join lateral (select project_id, id, document from tasks where project_id = $1 and id = owed.id limit 1) t
             order by t.id
             on conflict do nothing",
             self.db.project,
@@ -866,7 +867,7 @@ impl ProjectTx {
     ) -> Result<()> {
         let owed = sqlx::query!(
             "with named as (
-                select task_id from dependencies where project_id = $1 and needs_id = $4
+                select task_id as id from dependencies where project_id = $1 and needs_id = $4
                 union
                 select unnest($5::uuid[])
             ), waiting as (
@@ -882,7 +883,10 @@ impl ProjectTx {
                         where d.project_id = $1 and d.task_id = t.id and n.status not in ('done', 'failed')
                     ) as waits
                 from named
-                join tasks t on t.project_id = $1 and t.id = named.task_id
+                cross join lateral (
+                    select id, mission_id, mission_run, status, held, document from tasks
+                    where project_id = $1 and id = named.id limit 1
+                ) t
                 where t.mission_id = $2 and t.mission_run = $3 and t.status = 'pending'
                   and not exists (select from barrier_holds h where h.project_id = $1 and h.task_id = t.id)
             )
@@ -904,7 +908,8 @@ impl ProjectTx {
         Ok(())
     }
 
-    /// What has to be looked at now that a task of a run has ended. The run must be held.
+    /// What has to be looked at now that a task of a run has ended. The run must be held. Tasks begin in the order of their ids, so
+    /// an unfinished one is looked for among the later ones first.
     ///
     /// # Errors
     /// When the database cannot be reached.
@@ -919,6 +924,9 @@ impl ProjectTx {
                     where d.project_id = $1 and d.needs_id = $4 and t.mission_id is null
                 ) as "outside!",
                 exists (
+                    select from tasks
+                    where project_id = $1 and mission_id = $2 and mission_run = $3 and status not in ('done', 'failed') and id > $4
+                ) or exists (
                     select from tasks
                     where project_id = $1 and mission_id = $2 and mission_run = $3 and status not in ('done', 'failed')
                 ) as "unfinished!""#,

@@ -136,12 +136,14 @@ impl ProjectDb {
         id: Option<Id<Schedule>>,
         mission: Option<Id<Mission>>,
     ) -> Result<ScheduleRow> {
+        // Not `id = … or mission_id = …`: for that Postgres reads all schedules of the project.
         let stored = sqlx::query_as!(
             Stored,
             "select id, mission_id, expression, timezone, recurring, enabled, end_date, deadline_offset_ms, catch_up, overlap,
                 queued, last_run_at, next_run_at, created_at
             from schedules
-            where project_id = $1 and (id = $2 or mission_id = $3)",
+            where project_id = $1
+              and mission_id = coalesce($3, (select mission_id from schedules where project_id = $1 and id = $2))",
             self.project,
             id.map(Id::uuid),
             mission.map(Id::uuid)
