@@ -25,6 +25,7 @@ mod jobs;
 mod keys;
 mod memories;
 mod migrate;
+mod mission_runs;
 mod missions;
 mod organizations;
 mod playbooks;
@@ -52,7 +53,8 @@ pub use jobs::{Claimed, Holder, Job, LEASE, Lane, Lease, SUSPENDED, Standing, un
 pub use keys::{KeyHash, KeyRow, NewKey};
 pub use memories::{MEMORY_LIMIT, Memories, MemoryOwner};
 pub use migrate::{MigrationError, MigrationState, migrate, migration_state, reach};
-pub use missions::{MissionRow, MissionRunRow, NewMissionRun, Outlook, Sibling, Tally};
+pub use mission_runs::{MissionRunRow, NewMissionRun, Outlook, Sibling, Tally};
+pub use missions::MissionRow;
 pub use organizations::OrganizationRow;
 pub use playbooks::PlaybookSummary;
 pub use projects::{ProjectRow, ProjectStatus};
