@@ -209,15 +209,16 @@ impl ProjectTx {
         Ok(())
     }
 
-    /// The barriers that a task's end may concern and that are reached: all that they follow has ended, and, but for delays,
-    /// some task that they hold back waits for nothing else. Closed gates are among them. The run must be held.
+    /// The barriers that a task's end may concern, or a removal all of them, and that are reached: all that they follow has ended,
+    /// and, but for delays, some task that they hold back waits for nothing else. Closed gates are among them. The run must be
+    /// held.
     ///
     /// # Errors
     /// When the database cannot be reached.
     pub async fn barriers_reached(
         &mut self,
         place: Place,
-        ended: Id<ids::Task>,
+        ended: Option<Id<ids::Task>>,
     ) -> Result<Vec<BarrierRow>> {
         let stored = sqlx::query_as!(
             Stored,
@@ -226,7 +227,8 @@ impl ProjectTx {
             join mission_runs r on r.project_id = b.project_id and r.mission_id = b.mission_id and r.number = b.run
             where b.project_id = $1 and b.mission_id = $2 and b.run = $3 and b.state in ('waiting', 'failed')
               and (
-                exists (select from barrier_follows f where f.project_id = $1 and f.task_id = $4 and f.barrier_id = b.id)
+                $4::uuid is null
+                or exists (select from barrier_follows f where f.project_id = $1 and f.task_id = $4 and f.barrier_id = b.id)
                 or exists (
                     select from dependencies d
                     join barrier_holds h on h.project_id = d.project_id and h.task_id = d.task_id
@@ -253,7 +255,7 @@ impl ProjectTx {
             self.db.project,
             place.mission.uuid(),
             place.run,
-            ended.uuid()
+            ended.map(Id::uuid)
         )
         .fetch_all(&mut *self.tx)
         .await?;

@@ -45,7 +45,7 @@ async fn ended(tx: &mut ProjectTx, db: &ProjectDb, task: &Task, place: Place) ->
         tx.wake_dependents(task).await?;
     }
     if outlook.barriers {
-        reach(tx, db, &run, task.id).await?;
+        reach(tx, db, &run, Some(task.id)).await?;
     }
     if !outlook.unfinished {
         finish(tx, db, run, None).await?;
@@ -117,12 +117,12 @@ pub(super) fn pauses(barrier: &BarrierRow) -> String {
     }
 }
 
-/// Whatever is reached now that a task has ended. The run must be held.
+/// Whatever is reached now that a task has ended, or that some are gone. The run must be held.
 async fn reach(
     tx: &mut ProjectTx,
     db: &ProjectDb,
     run: &MissionRunRow,
-    ended: Id<ids::Task>,
+    ended: Option<Id<ids::Task>>,
 ) -> Result<()> {
     let reached = tx.barriers_reached(run.place, ended).await?;
     if reached.is_empty() {
@@ -301,7 +301,11 @@ pub async fn tasks_removed(
     places.dedup();
     for place in places {
         let run = tx.lock_mission_run(place).await?;
-        if run.ended_at.is_none() && !tx.has_unfinished(place).await? {
+        if run.ended_at.is_some() {
+            continue;
+        }
+        reach(tx, db, &run, None).await?;
+        if !tx.has_unfinished(place).await? {
             finish(tx, db, run, None).await?;
         }
     }
