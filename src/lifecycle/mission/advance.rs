@@ -88,6 +88,8 @@ pub(super) async fn open_again(
     let now = Utc::now();
     run.ended_at = None;
     run.report = None;
+    // Whoever has it go on does not mean a pause that was before its end.
+    run.held = false;
     // A deadline that has passed was told of.
     run.deadline = run.deadline.filter(|deadline| *deadline > now);
     tx.save_mission_run(run, None).await?;
