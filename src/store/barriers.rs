@@ -220,8 +220,9 @@ impl ProjectTx {
         Ok(())
     }
 
-    /// The barriers that a task's end may concern, or all of a run, that are reached: all that they follow has ended, and, but for delays,
-    /// some task that they hold back waits for nothing else. Closed gates are among them. The run must be held.
+    /// The barriers that a task's end may concern, or a removal all of them, and that are reached: all that they follow has ended,
+    /// and, but for delays, some task that they hold back waits for nothing else. Closed gates are among them. The run must be
+    /// held.
     ///
     /// # Errors
     /// When the database cannot be reached.

@@ -524,7 +524,18 @@ impl ProjectTx {
             })
             .collect();
         let gone: Vec<Uuid> = gone.into_iter().map(|row| row.id).collect();
-        // Before any job: what is decided of a run is decided under its lock.
+        let waiting = sqlx::query_scalar!(
+            "select t.id from tasks t
+            where t.project_id = $1 and t.status = 'pending'
+              and exists (select from dependencies d where d.project_id = $1 and d.task_id = t.id and d.needs_id = any($2))
+            order by t.id
+            for no key update of t",
+            self.db.project,
+            &gone
+        )
+        .fetch_all(&mut *self.tx)
+        .await?;
+        // In the order of all: tasks, then their runs, then what goes with the tasks. Whoever passes a barrier holds the run too.
         let mut places: Vec<Place> = deleted.iter().filter_map(|task| task.place).collect();
         places.sort_by_key(|place| (place.mission, place.run));
         places.dedup();
@@ -555,18 +566,7 @@ impl ProjectTx {
         )
         .execute(&mut *self.tx)
         .await?;
-        let waiting = sqlx::query_scalar!(
-            "select t.id from tasks t
-            where t.project_id = $1 and t.status = 'pending'
-              and exists (select from dependencies d where d.project_id = $1 and d.task_id = t.id and d.needs_id = any($2))
-            order by t.id
-            for no key update of t",
-            self.db.project,
-            &gone
-        )
-        .fetch_all(&mut *self.tx)
-        .await?;
-        for id in waiting {
+        for id in waiting.into_iter().filter(|id| !gone.contains(id)) {
             self.enqueue(Job::Blocked(id.into()), 1.0, std::time::Duration::ZERO)
                 .await?;
         }

@@ -15,17 +15,17 @@ use crate::harness::{
 use crate::processes::{Process, furnish, settings};
 
 /// A turn of a task, by the task's description.
-type Turn = (String, usize);
+pub(crate) type Turn = (String, usize);
 
 /// Server processes on one database, and the provider that they share.
-struct Fleet {
-    database_url: String,
-    upstream: Upstream,
-    key: String,
-    processes: Vec<(Process, String)>,
+pub(crate) struct Fleet {
+    pub(crate) database_url: String,
+    pub(crate) upstream: Upstream,
+    pub(crate) key: String,
+    pub(crate) processes: Vec<(Process, String)>,
     role: &'static str,
     /// What was on record at each kill, and how often the provider had been asked until then.
-    recorded: Vec<(HashSet<Turn>, usize)>,
+    pub(crate) recorded: Vec<(HashSet<Turn>, usize)>,
 }
 
 /// A provider whose agents use a tool so often, each call taking a while, and whose reviewers are slower.
@@ -54,7 +54,12 @@ impl Fleet {
         Self::on(database_url, size, turns, "serve").await
     }
 
-    async fn on(database_url: String, size: usize, turns: usize, role: &'static str) -> Self {
+    pub(crate) async fn on(
+        database_url: String,
+        size: usize,
+        turns: usize,
+        role: &'static str,
+    ) -> Self {
         let upstream = slow_upstream(turns).await;
         let mut fleet = Self {
             database_url,
@@ -71,9 +76,11 @@ impl Fleet {
         fleet
     }
 
-    async fn add(&mut self, role: &str) {
+    pub(crate) async fn add(&mut self, role: &str) {
         let others = [
             ("POLPO_PRIVATE_BASE_URLS", "true"),
+            ("POLPO_PRIVATE_WEBHOOKS", "true"),
+            ("POLPO_WEBHOOK_HTTP", "true"),
             ("POLPO_RATE_LIMIT", "0"),
             ("POLPO_WORKER_SLOTS", "4"),
             ("POLPO_WORLD_CONNECTIONS", "6"),
@@ -118,7 +125,7 @@ impl Fleet {
     }
 
     /// Kill -9, and a look at what was on record.
-    async fn kill(&mut self) -> Instant {
+    pub(crate) async fn kill(&mut self) -> Instant {
         let (mut process, _) = self.processes.remove(0);
         process.signal("-KILL");
         process.child.wait().await.unwrap();
@@ -140,7 +147,7 @@ impl Fleet {
     }
 
     /// Waits until every task is done, and counts what was lost, repeated, or recorded twice.
-    async fn settle(&self, tasks: i64, turns: usize) {
+    pub(crate) async fn settle(&self, tasks: i64, turns: usize) {
         let deadline = Instant::now() + Duration::from_secs(60);
         while self.statuses().await != HashMap::from([("done".to_owned(), tasks)]) {
             assert!(
@@ -170,7 +177,7 @@ impl Fleet {
             "select (select count(*) from production.steps where kind = 'model'),
                     (select count(*) from production.steps where kind = 'tool'),
                     (select count(*) from production.runs where task_id is not null),
-                    (select count(*) from production.jobs)",
+                    (select count(*) from production.jobs where kind <> 'webhook')",
         )
         .fetch_one(&mut database)
         .await

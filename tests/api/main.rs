@@ -18,6 +18,8 @@ mod engine;
 mod events;
 mod isolation;
 mod memory;
+mod mission_crashes;
+mod mission_histories;
 mod missions;
 mod places;
 mod platform;

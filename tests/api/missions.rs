@@ -1602,3 +1602,75 @@ async fn a_process_with_one_connection_takes_a_mission_past_its_gate() {
     assert_eq!(app.execute(&id).await.0, 200);
     app.mission_until(&id, "completed").await;
 }
+
+#[tokio::test]
+async fn removing_what_a_barrier_follows_does_not_leave_the_mission_waiting_there() {
+    for (list, paused) in [
+        ("checkpoints", true),
+        ("qualityGates", false),
+        ("delays", false),
+    ] {
+        let app = TestApp::start().await;
+        app.agent("noor").await;
+        app.upstream
+            .answers(|request| match last_text(request, "user").as_str() {
+                "Do A" => Reply::Hang(vec![]),
+                _ => Reply::Stream(said("Done.")),
+            });
+        let barrier = json!([{"name": "b", "afterTasks": ["A"], "blocksTasks": ["B"], "duration": "PT0.05S"}]);
+        let id = app
+            .mission(
+                "m",
+                json!({"tasks": tasks(&[("A", &[]), ("B", &["A"])]), list: barrier}),
+            )
+            .await;
+        app.execute(&id).await;
+        eventually("A is asked for", async || app.upstream.asked().len() == 1).await;
+        let a = app.of_mission(&id).await["A"]["id"]
+            .as_str()
+            .unwrap()
+            .to_owned();
+        assert_eq!(answer(app.delete(&format!("/v1/tasks/{a}"))).await.0, 200);
+        if paused {
+            // As with a failure: people may look at it before it is too late.
+            app.mission_until(&id, "paused").await;
+            let resumed = answer(app.post(
+                &format!("/v1/missions/{id}/checkpoints/b/resume"),
+                json!({}),
+            ))
+            .await;
+            assert_eq!(resumed.0, 200);
+        }
+        let failed = app.mission_until(&id, "failed").await;
+        assert_eq!(failed["run"]["tasks"], json!({"failed": 1}), "{list}");
+    }
+}
+
+#[tokio::test]
+async fn a_pause_by_hand_is_over_when_the_run_has_ended_and_goes_on() {
+    let app = TestApp::with_noor(&[]).await;
+    app.upstream.will(Reply::Hang(vec![]));
+    let id = app
+        .mission("m", json!({"tasks": tasks(&[("A", &[]), ("B", &["A"])]), "checkpoints": [{"name": "c", "afterTasks": ["A"], "blocksTasks": ["B"]}]}))
+        .await;
+    app.execute(&id).await;
+    eventually("A is asked for", async || app.upstream.asked().len() == 1).await;
+    let post = async |path: String| {
+        let (status, body) = answer(app.post(&path, json!({}))).await;
+        assert_eq!(status, 200, "{path} {body}");
+    };
+    let paused =
+        answer(app.patch(&format!("/v1/missions/{id}"), json!({"status": "paused"}))).await;
+    assert_eq!(paused.0, 200);
+    let of_mission = app.of_mission(&id).await;
+    for deed in ["kill", "retry"] {
+        for title in ["A", "B"] {
+            let task = of_mission[title]["id"].as_str().unwrap();
+            post(format!("/v1/tasks/{task}/{deed}")).await;
+        }
+        let standing = if deed == "kill" { "failed" } else { "paused" };
+        app.mission_until(&id, standing).await;
+    }
+    post(format!("/v1/missions/{id}/checkpoints/c/resume")).await;
+    app.mission_until(&id, "completed").await;
+}

@@ -22,10 +22,10 @@ use crate::processes::{Process, furnish, settings};
 
 /// A request that a receiver got.
 #[derive(Debug, Clone)]
-struct Post {
+pub(crate) struct Post {
     headers: HeaderMap,
     text: String,
-    body: Value,
+    pub(crate) body: Value,
 }
 
 impl Post {
@@ -33,7 +33,7 @@ impl Post {
         self.headers[name].to_str().unwrap()
     }
 
-    fn event(&self) -> &str {
+    pub(crate) fn event(&self) -> &str {
         self.body["id"].as_str().unwrap()
     }
 
@@ -77,14 +77,14 @@ type Rule = Arc<dyn Fn(&Post) -> Reaction + Send + Sync>;
 
 /// A system that is told of events.
 #[derive(Clone)]
-struct Receiver {
-    url: String,
+pub(crate) struct Receiver {
+    pub(crate) url: String,
     posts: Arc<Mutex<Vec<Post>>>,
     rule: Arc<Mutex<Rule>>,
 }
 
 impl Receiver {
-    async fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let receiver = Self {
             url: format!("http://{}/hook", listener.local_addr().unwrap()),
@@ -100,7 +100,7 @@ impl Receiver {
         *self.rule.lock().unwrap() = Arc::new(rule);
     }
 
-    fn posts(&self) -> Vec<Post> {
+    pub(crate) fn posts(&self) -> Vec<Post> {
         self.posts.lock().unwrap().clone()
     }
 

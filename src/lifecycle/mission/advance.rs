@@ -89,6 +89,7 @@ pub(super) async fn open_again(
     let now = Utc::now();
     run.ended_at = None;
     run.report = None;
+    // Whoever has it go on does not mean a pause that was before its end.
     run.held = false;
     // A deadline that has passed was told of.
     run.deadline = run.deadline.filter(|deadline| *deadline > now);
@@ -132,7 +133,7 @@ pub(super) fn reason(barrier: &BarrierRow) -> String {
     }
 }
 
-/// Whatever is reached now that a task has ended. The run must be held.
+/// Whatever is reached now that a task has ended, or that some are gone. The run must be held.
 async fn reach(
     tx: &mut ProjectTx,
     run: &MissionRunRow,
