@@ -468,7 +468,8 @@ impl ProjectTx {
             .iter()
             .map(|(task, need)| (task.uuid(), need.uuid()))
             .unzip();
-        sqlx::query!(
+        if !dependents.is_empty() {
+            sqlx::query!(
             "insert into dependencies (project_id, task_id, needs_id)
             select $1, d.task_id, d.needs_id from unnest($2::uuid[], $3::uuid[]) as d (task_id, needs_id)",
             self.db.project,
@@ -477,6 +478,7 @@ impl ProjectTx {
         )
         .execute(&mut *self.tx)
         .await?;
+        }
         let ready: Vec<Uuid> = ready.iter().map(|id| id.uuid()).collect();
         self.owe_tasks(&ready).await
     }

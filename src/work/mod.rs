@@ -43,8 +43,9 @@ const HEARTBEAT: Duration = Duration::from_secs(3);
 const CLAIM: usize = 64;
 /// The most couriers at work, beside the engine's jobs.
 const COURIERS: usize = 1_024;
-/// The most timers at once, beside both: they take no time, and must not wait for work that does.
-const TIMERS: usize = 32;
+/// The most timers at once, beside both: they take no time, and must not wait for work that does. So many that a crowd of them
+/// gets its share of the database's connections beside a crowd of tasks.
+const TIMERS: usize = 128;
 /// How often couriers are looked for that rest though there is something for them: the net under wake-ups that were lost
 /// with the process that owed them.
 const SWEEP: Duration = Duration::from_secs(5);
