@@ -157,7 +157,7 @@ impl World {
         app.upstream.answers(move |request| {
             let text = last_text(request, "user");
             if is_review(request) {
-                let score = if dice(&text, &counts) % 4 == 0 {
+                let score = if dice(&text, &counts).is_multiple_of(4) {
                     1.0
                 } else {
                     4.5
@@ -170,7 +170,7 @@ impl World {
                     json!({"action": action, "reason": "so it fell", "description": "Do it alone"});
                 return Reply::Stream(said(&verdict.to_string()));
             }
-            if text.starts_with("Fail") && dice(&text, &counts) % 3 != 0 {
+            if text.starts_with("Fail") && !dice(&text, &counts).is_multiple_of(3) {
                 return Reply::Plain(400, vec![], "{}".to_owned());
             }
             let pause = u64::try_from(dice(&text, &counts) % 16).unwrap();
@@ -292,15 +292,8 @@ impl World {
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        let jobs: Vec<(
-            String,
-            bool,
-            Option<String>,
-            Option<i64>,
-            Option<String>,
-            bool,
-        )> = sqlx::query_as(
-            "select j.kind, j.ready, j.parked_on, j.holder, t.status, coalesce(t.held, false)
+        let jobs: Vec<String> = sqlx::query_scalar(
+            "select concat_ws(' ', j.kind, j.ready, j.parked_on, j.holder, t.status, t.held)
             from production.jobs j left join production.tasks t on t.id = j.subject",
         )
         .fetch_all(&mut database)
