@@ -9,6 +9,7 @@ use uuid::Uuid;
 
 use super::{ProjectDb, ProjectTx, Result, StoreError};
 use crate::ids::{Agent, Id};
+use crate::task::Place;
 
 /// An agent as it is stored.
 #[derive(Debug, Clone)]
@@ -220,20 +221,26 @@ impl ProjectTx {
             .collect())
     }
 
-    /// The agents that a mission's run brought along, held until the commit.
+    /// The agents that go with a mission's run, held until the commit: those that it brought along, and those that others brought and
+    /// its tasks used, so that whoever ends last sees them.
     ///
     /// # Errors
     /// When the database cannot be reached.
-    pub async fn volatile_agents(&mut self, group: &str) -> Result<Vec<AgentRow>> {
+    pub async fn volatile_agents(&mut self, group: &str, place: Place) -> Result<Vec<AgentRow>> {
         let stored = sqlx::query_as!(
             Stored,
             r#"select id, name, team, definition as "definition: Json<Map<String, Value>>", created_at, updated_at
             from agents
-            where project_id = $1 and definition ->> 'missionGroup' = $2 and definition -> 'volatile' = 'true'::jsonb
+            where project_id = $1 and definition -> 'volatile' = 'true'::jsonb
+              and (definition ->> 'missionGroup' = $2 or name in (
+                select assign_to from tasks where project_id = $1 and mission_id = $3 and mission_run = $4
+              ))
             order by name
             for update"#,
             self.db.project,
-            group
+            group,
+            place.mission.uuid(),
+            place.run
         )
         .fetch_all(&mut *self.tx)
         .await?;

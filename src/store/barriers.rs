@@ -369,6 +369,27 @@ impl ProjectTx {
         self.wake_tasks_of_run(barrier.place, None, &freed).await
     }
 
+    /// Whether something may hold a task back, or its mission be paused: to be asked again under the lock that it is a matter of.
+    ///
+    /// # Errors
+    /// [`super::StoreError::NotFound`].
+    pub async fn may_rest(
+        &mut self,
+        task: Id<ids::Task>,
+        mission: Id<ids::Mission>,
+    ) -> Result<bool> {
+        Ok(sqlx::query_scalar!(
+            r#"select status = 'paused'
+                or exists (select from barrier_holds where project_id = $1 and task_id = $3) as "may!"
+            from missions where project_id = $1 and id = $2"#,
+            self.db.project,
+            mission.uuid(),
+            task.uuid()
+        )
+        .fetch_one(&mut *self.tx)
+        .await?)
+    }
+
     /// Whether something holds a task back.
     ///
     /// # Errors

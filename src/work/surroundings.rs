@@ -8,7 +8,7 @@ use crate::store::{NeedResult, ProjectDb};
 use crate::task::{Place, Task};
 
 /// The most tasks of a mission that are listed.
-const SIBLINGS: i64 = 100;
+const SIBLINGS: i64 = 40;
 /// The most results of other tasks that are shown, and the most bytes of all of them.
 const RESULTS: i64 = 50;
 const BYTES: usize = 64 * 1024;

@@ -179,6 +179,9 @@ pub(super) async fn rests_in_mission(held: &Held, tx: &mut ProjectTx, task: &Tas
     let Some(place) = task.mission else {
         return Ok(false);
     };
+    if !tx.may_rest(task.id, place.mission).await? {
+        return Ok(false);
+    }
     if tx.is_held_back(task.id).await? {
         // Asked again under the run's lock: whatever lets it go from here on owes the job again.
         tx.lock_mission_run(place).await?;

@@ -94,7 +94,7 @@ pub(super) async fn dismiss_team(
     if !run.volatile_team || db.settings().await?.volatile_cleanup == Cleanup::Manual {
         return Ok(());
     }
-    for agent in tx.volatile_agents(&run.group).await? {
+    for agent in tx.volatile_agents(&run.group, run.place).await? {
         match tx.unfinished_group(&agent.name).await? {
             None => tx.delete_agent(&agent.name).await?,
             Some(group) => {
