@@ -54,6 +54,8 @@ create index tasks_unfinished_by_mission on tasks (project_id, mission_id, missi
 -- Titles of a mission's tasks are unique within its run, which its definition sees to.
 drop index tasks_title_key;
 create unique index tasks_title_key on tasks (project_id, title) where status not in ('done', 'failed') and mission_id is null;
+-- `dependsOn` may name a task by its title. Of missions' tasks it names the id.
+create index tasks_finished_by_title on tasks (project_id, title, id) where status in ('done', 'failed') and mission_id is null;
 
 -- What stands between the tasks of a run: checkpoints, quality gates, delays.
 --   waiting: what it follows has not ended.

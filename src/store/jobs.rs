@@ -232,18 +232,23 @@ impl Db {
         Ok(freed.rows_affected())
     }
 
-    /// Makes ready as many of the parked jobs as there are free places: the net under those who leave and wake the next.
-    /// Says how many there were.
+    /// Makes ready as many of the parked jobs as there are free places, and those of missions that are not paused any more: the net
+    /// under those who leave and wake the next. Says how many there were.
     ///
     /// # Errors
     /// When the database cannot be reached.
     pub async fn wake_parked_jobs(&self, world: World) -> Result<u64> {
         let woken = sqlx::query!(
             "with waiting as (
-                select distinct project_id, parked_on from jobs where parked_on is not null and parked_on <> $1 and parked_on not like 'mission:%'
+                select distinct project_id, parked_on from jobs where parked_on is not null and parked_on <> $1
             ), free as (
-                select w.project_id, w.parked_on,
-                    coalesce(case
+                select w.project_id, w.parked_on, case
+                    when w.parked_on like 'mission:%' then (
+                        case when exists (
+                            select from missions
+                            where project_id = w.project_id and id = substring(w.parked_on from 9)::uuid and status = 'paused'
+                        ) then 0 else 1000 end)
+                    else coalesce(case
                         when w.parked_on = '' then (
                             select (body ->> 'maxConcurrency')::numeric::bigint from settings
                             where project_id = w.project_id)
@@ -254,7 +259,7 @@ impl Db {
                         select count(*) from tasks
                         where project_id = w.project_id and status in ('assigned', 'in_progress', 'review')
                           and (w.parked_on = '' or assign_to = w.parked_on)
-                    ) as places
+                    ) end as places
                 from waiting w
             ), woken as (
                 select j.project_id, j.kind, j.subject

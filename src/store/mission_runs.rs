@@ -84,6 +84,8 @@ pub struct Tally {
 pub struct Outlook {
     /// Whether barriers may be reached.
     pub barriers: bool,
+    /// Whether tasks of the run wait for it.
+    pub inside: bool,
     /// Whether tasks outside of the mission wait for it.
     pub outside: bool,
     /// Whether the run has tasks that have not ended.
@@ -566,6 +568,11 @@ impl ProjectTx {
             Outlook,
             r#"select
                 exists (select from barriers where project_id = $1 and mission_id = $2 and run = $3 and state in ('waiting', 'failed')) as "barriers!",
+                exists (
+                    select from dependencies d
+                    join tasks t on t.project_id = d.project_id and t.id = d.task_id
+                    where d.project_id = $1 and d.needs_id = $4 and t.mission_id is not null
+                ) as "inside!",
                 exists (
                     select from dependencies d
                     join tasks t on t.project_id = d.project_id and t.id = d.task_id

@@ -198,24 +198,46 @@ impl ProjectTx {
         self.events.push(event);
     }
 
-    /// The task that `dependsOn` means: an id, else a title, an unfinished task before finished ones.
+    /// The task that `dependsOn` means: an id, else the title of a task outside of missions, an unfinished one before finished ones.
     ///
     /// # Errors
     /// [`StoreError::NotFound`].
     pub async fn find_need(&mut self, id_or_title: &str) -> Result<Id<ids::Task>> {
-        let id = id_or_title.parse::<Id<ids::Task>>().ok().map(Id::uuid);
-        let found = sqlx::query_scalar!(
+        // One after the other, each by an index of its own: asked in one, Postgres reads all tasks of the project.
+        if let Ok(id) = id_or_title.parse::<Id<ids::Task>>() {
+            let found = sqlx::query_scalar!(
+                "select id from tasks where project_id = $1 and id = $2",
+                self.db.project,
+                id.uuid()
+            )
+            .fetch_optional(&mut *self.tx)
+            .await?;
+            if let Some(found) = found {
+                return Ok(found.into());
+            }
+        }
+        let unfinished = sqlx::query_scalar!(
             "select id from tasks
-            where project_id = $1 and (id = $2 or title = $3)
-            order by (id = $2) desc, (mission_id is not null), (status in ('done', 'failed')), id desc
+            where project_id = $1 and title = $2 and status not in ('done', 'failed') and mission_id is null",
+            self.db.project,
+            id_or_title
+        )
+        .fetch_optional(&mut *self.tx)
+        .await?;
+        if let Some(found) = unfinished {
+            return Ok(found.into());
+        }
+        let finished = sqlx::query_scalar!(
+            "select id from tasks
+            where project_id = $1 and title = $2 and status in ('done', 'failed') and mission_id is null
+            order by id desc
             limit 1",
             self.db.project,
-            id,
             id_or_title
         )
         .fetch_one(&mut *self.tx)
         .await?;
-        Ok(found.into())
+        Ok(finished.into())
     }
 
     /// These tasks as they stand, in the order of their ids, held until the commit so that none can end unnoticed.

@@ -258,3 +258,29 @@ async fn a_process_without_its_lock_claims_nothing() {
     sqlx::raw_sql(back).execute(&mut database).await.unwrap();
     app.until(&task, "done").await;
 }
+
+#[tokio::test]
+async fn what_waits_for_a_paused_mission_is_found_when_nobody_wakes_it() {
+    let app = start().await;
+    let tasks = json!([{"title": "hang", "description": "hang", "assignTo": "noor"}, {"title": "two", "description": "two", "assignTo": "noor"}]);
+    let mission = app.mission("m", json!({"tasks": tasks})).await;
+    app.execute(&mission).await;
+    eventually("one is at work", async || app.upstream.asked().len() == 1).await;
+    parked(&app, "noor", 1).await;
+    let key = format!("mission:{}", mission.trim_start_matches("msn_"));
+    let mut database = PgConnection::connect(&app.database_url).await.unwrap();
+    sqlx::raw_sql(sqlx::AssertSqlSafe(format!(
+        "update production.missions set status = 'paused';
+        update production.jobs set parked_on = '{key}' where parked_on = 'noor'"
+    )))
+    .execute(&mut database)
+    .await
+    .unwrap();
+    let db = &app.app.db;
+    assert_eq!(db.wake_parked_jobs(World::Live).await.unwrap(), 0);
+    sqlx::raw_sql("update production.missions set status = 'active'")
+        .execute(&mut database)
+        .await
+        .unwrap();
+    assert_eq!(db.wake_parked_jobs(World::Live).await.unwrap(), 1);
+}

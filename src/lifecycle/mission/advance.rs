@@ -40,8 +40,10 @@ async fn ended(tx: &mut ProjectTx, db: &ProjectDb, task: &Task, place: Place) ->
         tx.wake_dependents(task).await?;
         return Ok(());
     }
-    tx.wake_tasks_of_run(place, Some(task.id), &[]).await?;
     let outlook = tx.outlook(place, task.id).await?;
+    if outlook.inside {
+        tx.wake_tasks_of_run(place, Some(task.id), &[]).await?;
+    }
     if outlook.outside {
         tx.wake_dependents(task).await?;
     }
