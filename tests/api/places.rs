@@ -150,8 +150,10 @@ async fn a_lost_wake_up_is_made_good() {
     eventually("it is at work", async || app.upstream.asked().len() == 1).await;
     let waiting = app.task("waiting", json!({})).await;
     parked(&app, "noor", 1).await;
+    // The server looks too, every ten seconds: what counts is where the job is, not whose look found it.
     let db = &app.app.db;
-    assert_eq!(db.wake_parked_jobs(World::Live).await.unwrap(), 0);
+    db.wake_parked_jobs(World::Live).await.unwrap();
+    parked(&app, "noor", 1).await;
     // Whoever had the place is gone, and has woken nobody.
     let mut database = PgConnection::connect(&app.database_url).await.unwrap();
     sqlx::raw_sql("update production.tasks set status = 'failed' where title = 'hang'")
@@ -159,7 +161,7 @@ async fn a_lost_wake_up_is_made_good() {
         .await
         .unwrap();
     assert_eq!(app.read(&first).await["status"], "failed");
-    assert_eq!(db.wake_parked_jobs(World::Live).await.unwrap(), 1);
+    db.wake_parked_jobs(World::Live).await.unwrap();
     db.ring(Topic::Jobs(World::Live));
     soon_done(&app, &waiting).await;
 }
@@ -276,11 +278,14 @@ async fn what_waits_for_a_paused_mission_is_found_when_nobody_wakes_it() {
     .execute(&mut database)
     .await
     .unwrap();
+    // The server looks too, every ten seconds: what counts is where the job is, not whose look found it.
     let db = &app.app.db;
-    assert_eq!(db.wake_parked_jobs(World::Live).await.unwrap(), 0);
+    db.wake_parked_jobs(World::Live).await.unwrap();
+    parked(&app, &key, 1).await;
     sqlx::raw_sql("update production.missions set status = 'active'")
         .execute(&mut database)
         .await
         .unwrap();
-    assert_eq!(db.wake_parked_jobs(World::Live).await.unwrap(), 1);
+    db.wake_parked_jobs(World::Live).await.unwrap();
+    parked(&app, &key, 0).await;
 }
