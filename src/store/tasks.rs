@@ -383,11 +383,12 @@ impl ProjectTx {
     /// # Errors
     /// When the database refuses.
     pub async fn wake_dependents(&mut self, task: &Task) -> Result<()> {
-        // Held until the commit: of two needs that end at once, the second to get here sees the first.
-        let waiting = sqlx::query_scalar!(
-            "select t.id from tasks t
+        // Held until the commit: of two needs that end at once, the second to get here sees the first. Whether one waits is asked when
+        // it is held and not before: it may be queued, approved or tried again at this very moment.
+        let dependents = sqlx::query!(
+            "select t.id, t.status from tasks t
             join dependencies d on d.project_id = t.project_id and d.task_id = t.id
-            where t.project_id = $1 and d.needs_id = $2 and t.status = 'pending' and t.mission_id is null
+            where t.project_id = $1 and d.needs_id = $2 and t.status <> 'done' and t.mission_id is null
             order by t.id
             for no key update of t",
             self.db.project,
@@ -395,6 +396,11 @@ impl ProjectTx {
         )
         .fetch_all(&mut *self.tx)
         .await?;
+        let waiting: Vec<Uuid> = dependents
+            .into_iter()
+            .filter(|row| row.status == Status::Pending.as_str())
+            .map(|row| row.id)
+            .collect();
         if waiting.is_empty() {
             return Ok(());
         }

@@ -293,3 +293,40 @@ async fn what_waits_for_a_paused_mission_is_found_when_nobody_wakes_it() {
     db.wake_parked_jobs(World::Live).await.unwrap();
     parked(&app, &key, 0).await;
 }
+
+#[tokio::test]
+async fn what_is_queued_while_its_need_ends_begins() {
+    let app = start().await;
+    app.upstream.answers(|_| {
+        Reply::Slow(
+            std::time::Duration::from_millis(200),
+            said("It takes its time, so much of it that what follows can be put in place."),
+        )
+    });
+    let need = app.task("need", json!({})).await;
+    let draft = app
+        .task("next", json!({"draft": true, "dependsOn": [need]}))
+        .await;
+    // Someone has found that the draft must wait, and has not committed yet.
+    let mut queueing = PgConnection::connect(&app.database_url).await.unwrap();
+    sqlx::raw_sql("begin; update production.tasks set status = 'pending' where title = 'next'")
+        .execute(&mut queueing)
+        .await
+        .unwrap();
+    let mut database = PgConnection::connect(&app.database_url).await.unwrap();
+    assert_ne!(app.read(&need).await["status"], "done");
+    eventually("the need is about to end", async || {
+        let waits: bool =
+            sqlx::query_scalar("select exists (select from pg_locks where not granted)")
+                .fetch_one(&mut database)
+                .await
+                .unwrap();
+        waits || app.read(&need).await["status"] == "done"
+    })
+    .await;
+    sqlx::raw_sql("commit")
+        .execute(&mut queueing)
+        .await
+        .unwrap();
+    app.until(&draft, "done").await;
+}
