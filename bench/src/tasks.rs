@@ -17,10 +17,7 @@ use tokio::sync::mpsc;
 use crate::process::{Server, cpu_seconds, cpu_seconds_of_tree, resident_mb};
 use crate::report::percentile;
 use crate::run::{ADMIN, settings};
-use crate::upstream::{Asked, now_us};
-
-/// What a model call of the scripted provider takes.
-const CALL_MS: f64 = 50.0;
+use crate::upstream::{Asked, Waited, now_us};
 
 /// One project of a running polpo.
 #[derive(Clone)]
@@ -171,7 +168,7 @@ pub(crate) async fn measure(
         "the engine", "measured", "published"
     );
     let mut events = project.follow("task:completed").await?;
-    own_time(&project, &mut events).await?;
+    own_time(&project, &mut events, upstream).await?;
     sustain(&project, &mut events, server.pid()?, postgres, sustained).await?;
     events_in_time(&project, &server).await?;
     drop(events);
@@ -213,9 +210,20 @@ pub(crate) async fn done(
     Ok(())
 }
 
+/// The milliseconds that the provider had, since this was last asked, of the task that it had longest.
+async fn model_ms(upstream: &str) -> anyhow::Result<f64> {
+    let waited: Waited = reqwest::get(format!("{upstream}/waited"))
+        .await?
+        .json()
+        .await?;
+    let longest = waited.values().max().context("no model was asked")?;
+    Ok(Duration::from_micros(*longest).as_secs_f64() * 1000.0)
+}
+
 async fn own_time(
     project: &Project,
     events: &mut mpsc::UnboundedReceiver<Told>,
+    upstream: &str,
 ) -> anyhow::Result<()> {
     for round in 0..20 {
         project
@@ -230,7 +238,8 @@ async fn own_time(
             .create("agent-1-50", &format!("one {round}"))
             .await?;
         done(events, 1).await?;
-        one.push(began.elapsed().as_secs_f64() * 1000.0 - CALL_MS);
+        let took = began.elapsed().as_secs_f64() * 1000.0;
+        one.push(took - model_ms(upstream).await?);
     }
     row_beside(
         "one task of one call, own ms, p50",
@@ -245,7 +254,8 @@ async fn own_time(
             .create("agent-51-50", &format!("long {round}"))
             .await?;
         done(events, 1).await?;
-        long.push(began.elapsed().as_secs_f64() * 1000.0 - 51.0 * CALL_MS);
+        let took = began.elapsed().as_secs_f64() * 1000.0;
+        long.push(took - model_ms(upstream).await?);
     }
     row_beside("50 tool turns, own ms", percentile(&long, 50.0), "970");
     let mut ten = Vec::new();
@@ -261,7 +271,8 @@ async fn own_time(
         )
         .await?;
         done(events, 10).await?;
-        ten.push(began.elapsed().as_secs_f64() * 1000.0 - 6.0 * CALL_MS);
+        let took = began.elapsed().as_secs_f64() * 1000.0;
+        ten.push(took - model_ms(upstream).await?);
     }
     row_beside(
         "ten at once of five turns, above the model, ms",

@@ -4,7 +4,7 @@
 
 use std::collections::HashMap;
 use std::sync::Mutex;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use axum::Router;
 use axum::body::Body;
@@ -39,6 +39,7 @@ pub(crate) async fn serve(port: u16) -> anyhow::Result<()> {
     let router = Router::new()
         .route("/v1/chat/completions", post(answer))
         .route("/asked", axum::routing::get(asked))
+        .route("/waited", axum::routing::get(waited))
         .route("/health", axum::routing::get(|| async { "ok" }));
     Ok(axum::serve(listener, router).await?)
 }
@@ -73,6 +74,19 @@ pub(crate) type Asked = HashMap<String, Vec<(u64, u64)>>;
 
 static ASKED: Mutex<Option<Asked>> = Mutex::new(None);
 
+/// Microseconds that the provider has had of each task: its pauses, which are never as short as they are meant to be.
+pub(crate) type Waited = HashMap<String, u64>;
+
+static WAITED: Mutex<Option<Waited>> = Mutex::new(None);
+
+async fn waited() -> axum::Json<Waited> {
+    let waited = WAITED
+        .lock()
+        .map(|mut waited| waited.take())
+        .unwrap_or_default();
+    axum::Json(waited.unwrap_or_default())
+}
+
 async fn asked() -> axum::Json<Asked> {
     let asked = ASKED.lock().map(|asked| asked.clone()).unwrap_or_default();
     axum::Json(asked.unwrap_or_default())
@@ -96,18 +110,23 @@ async fn work(agent: &str, request: &Value) -> Response {
             Value::String(text) => Some(text.clone()),
             parts => parts[0]["text"].as_str().map(str::to_owned),
         });
-    if let Some(title) = title.filter(|title| title.starts_with("res"))
+    if let Some(title) = title.as_ref().filter(|title| title.starts_with("res"))
         && let Ok(mut asked) = ASKED.lock()
     {
         asked
             .get_or_insert_default()
-            .entry(title)
+            .entry(title.clone())
             .or_default()
             .push((now_us(), results));
     }
     let pause = Duration::from_millis(number(pause));
     if !pause.is_zero() {
+        let began = Instant::now();
         tokio::time::sleep(pause).await;
+        if let (Some(title), Ok(mut waited)) = (title, WAITED.lock()) {
+            let took = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
+            *waited.get_or_insert_default().entry(title).or_default() += took;
+        }
     }
     let (delta, finish) = if results + 1 < number(calls) {
         let call = json!({"index": 0, "id": format!("call_{results}"), "type": "function",

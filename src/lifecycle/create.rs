@@ -4,7 +4,7 @@ use chrono::Utc;
 use serde_json::json;
 
 use super::approve::request_approval;
-use super::{LifecycleError, NOW, Result, next_look, owe};
+use super::{LifecycleError, NOW, Result, next_look};
 use crate::store::{Job, ProjectDb, StoreError};
 use crate::task::{Bypass, Document, Gate, Hook, Status, Task, context};
 
@@ -75,21 +75,20 @@ pub async fn create(db: &ProjectDb, new: NewTask) -> Result<Task> {
         task.take_events();
     }
     task.tell_created();
-    tx.create_task(&mut task, &ids)
+    let waits = gated.is_none() && task.status() == Status::Pending;
+    let hopeless = waits
+        && needs
+            .iter()
+            .any(|need| matches!(need.status, None | Some(Status::Failed)));
+    let owed = waits && needs.iter().all(|need| need.status == Some(Status::Done));
+    tx.create_task(&mut task, &ids, owed)
         .await
         .map_err(|error| taken(error, &task.title))?;
     if let Some(gate) = gated {
         request_approval(&mut tx, &mut task, &gate, Hook::TaskCreate).await?;
         tx.save_task(&mut task).await?;
-    } else if task.status() == Status::Pending {
-        if needs
-            .iter()
-            .any(|need| matches!(need.status, None | Some(Status::Failed)))
-        {
-            tx.enqueue(Job::Blocked(task.id), 1.0, NOW).await?;
-        } else if needs.iter().all(|need| need.status == Some(Status::Done)) {
-            owe(&mut tx, &task, NOW).await?;
-        }
+    } else if hopeless {
+        tx.enqueue(Job::Blocked(task.id), 1.0, NOW).await?;
     }
     if let Some(pause) = next_look(&task, Utc::now()) {
         tx.enqueue(Job::Deadline(task.id), 1.0, pause).await?;

@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde_json::json;
 
 use super::approve::{request_approval, withdraw};
-use super::{NOW, Result, locked, save, settle};
+use super::{NOW, Result, save, settle};
 use crate::ids::{self, Id};
 use crate::store::{Job, Lease, ProjectDb, ProjectTx, StoreError};
 use crate::task::{
@@ -305,8 +305,7 @@ pub async fn after_defect(
     id: Id<ids::Task>,
     pause: impl FnOnce(u32) -> Duration,
 ) -> Result<()> {
-    let mut task = locked(tx, id).await?;
-    tx.extend(lease).await?;
+    let mut task = tx.lock_task_under(lease, id).await?;
     task.document.defects += 1;
     let defects = task.document.defects;
     if defects < MOST_DEFECTS {

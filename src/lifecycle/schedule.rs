@@ -282,14 +282,18 @@ pub enum Fired {
     Nothing,
 }
 
-/// Looks at a schedule whose time may have come, and does what its policies say. Everything that it does is one commit.
+/// Looks at a schedule whose time may have come, and does what its policies say for its mission. Everything that it does is one commit.
 ///
 /// # Errors
 /// [`StoreError::LeaseLost`] when another process has the job. [`LifecycleError::Invalid`] and [`LifecycleError::Faults`] when the
 /// mission cannot be executed: then nothing is done, see [`skip_failed`].
-pub async fn fire(lease: &Lease, id: Id<ids::Schedule>, now: DateTime<Utc>) -> Result<Fired> {
+pub async fn fire(
+    lease: &Lease,
+    id: Id<ids::Schedule>,
+    mission: Id<ids::Mission>,
+    now: DateTime<Utc>,
+) -> Result<Fired> {
     let db = &lease.db;
-    let mission = db.schedule(Some(id), None).await?.mission;
     let mut tx = db.begin().await?;
     let mut mission = tx.lock_mission(mission).await?;
     let found = tx.schedule_of(mission.id).await?;
@@ -420,12 +424,12 @@ async fn settle(
 pub async fn skip_failed(
     lease: &Lease,
     id: Id<ids::Schedule>,
+    of: Id<ids::Mission>,
     sentence: &str,
     now: DateTime<Utc>,
 ) -> Result<()> {
-    let mission = lease.db.schedule(Some(id), None).await?.mission;
     let mut tx = lease.db.begin().await?;
-    let mut mission = tx.lock_mission(mission).await?;
+    let mut mission = tx.lock_mission(of).await?;
     let found = tx.schedule_of(mission.id).await?;
     let mut schedule = found
         .filter(|schedule| schedule.id == id)
@@ -437,7 +441,7 @@ pub async fn skip_failed(
     if !begins {
         // Whatever is to be done about it executes nothing.
         drop(tx);
-        return fire(lease, id, now).await.map(drop);
+        return fire(lease, id, of, now).await.map(drop);
     }
     let next = timed.next_after(now);
     mission.tell(

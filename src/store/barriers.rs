@@ -428,15 +428,18 @@ impl ProjectTx {
             .collect())
     }
 
-    /// Calls off the timers of a run's delays: it has ended.
+    /// Calls off the timers of a run, its deadline's and its delays': it has ended.
     ///
     /// # Errors
     /// When the database refuses.
-    pub async fn call_off_delays(&mut self, place: Place) -> Result<()> {
+    pub async fn call_off_timers(&mut self, place: Place) -> Result<()> {
         sqlx::query!(
-            "delete from jobs using barriers b
-            where jobs.project_id = $1 and jobs.kind = 'delay' and jobs.subject = b.id
-              and b.project_id = $1 and b.mission_id = $2 and b.run = $3",
+            "delete from jobs using (
+                select 'mission_deadline' as kind, $2::uuid as subject
+                union all
+                select 'delay', id from barriers where project_id = $1 and mission_id = $2 and run = $3
+            ) timers
+            where jobs.project_id = $1 and jobs.kind = timers.kind and jobs.subject = timers.subject",
             self.db.project,
             place.mission.uuid(),
             place.run

@@ -1,6 +1,10 @@
 //! Events: what happened to a project, numbered in the order of commits.
 
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, Weak};
+
 use chrono::{DateTime, Utc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use uuid::Uuid;
 
 use super::{Db, ProjectDb, ProjectTx, Result, World, to_micros};
@@ -115,6 +119,47 @@ impl ProjectDb {
         .fetch_optional(&self.pool)
         .await?;
         Ok(range.unwrap_or(EventRange { last: 0, pruned: 0 }))
+    }
+}
+
+/// Whose turn it is, in this process, to append to each project's log.
+///
+/// The head of a log is locked from the append to the commit, so that its numbers are in the order of the commits. Those who would wait
+/// for it in Postgres wait here instead, where it costs less.
+#[derive(Debug, Default)]
+pub(super) struct Logs(Mutex<HashMap<Stream, Weak<Semaphore>>>);
+
+/// How many of a process may be at a log: one that commits, and one that Postgres lets follow at once.
+const AT_A_LOG: usize = 2;
+
+impl Logs {
+    fn of(&self, stream: Stream) -> Arc<Semaphore> {
+        let mut logs = self
+            .0
+            .lock()
+            .expect("nothing panics while it holds the logs");
+        if let Some(log) = logs.get(&stream).and_then(Weak::upgrade) {
+            return log;
+        }
+        if logs.len() > 1024 && logs.len().is_power_of_two() {
+            logs.retain(|_, log| log.strong_count() > 0);
+        }
+        let log = Arc::new(Semaphore::new(AT_A_LOG));
+        logs.insert(stream, Arc::downgrade(&log));
+        log
+    }
+}
+
+impl ProjectDb {
+    /// Waits for this project's turn to append to its log; the turn ends with what is returned. Whoever waits must have its
+    /// connection: else those who have a turn could wait for connections, and those who have connections for a turn.
+    pub(super) async fn turn_at_the_log(&self) -> OwnedSemaphorePermit {
+        let stream = Stream {
+            world: self.world,
+            project: self.project,
+        };
+        let turn = self.logs.of(stream).acquire_owned().await;
+        turn.expect("the logs are never closed")
     }
 }
 

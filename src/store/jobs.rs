@@ -16,6 +16,8 @@ use crate::ids::{Approval, Barrier, Id, Mission, Run, Schedule, Task, Webhook};
 
 /// How long a claimer that says nothing keeps a job (design 0.1, Leases).
 pub const LEASE: Duration = Duration::from_secs(10);
+/// What may be left of a lease without anyone extending it. The heartbeat comes sooner.
+pub(super) const LONG_ENOUGH: Duration = Duration::from_secs(6);
 
 /// Work to be done without a request: ids, not data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -187,7 +189,7 @@ impl Db {
         Ok(Standing(connection))
     }
 
-    /// Makes ready what has come due in a lane, leases that have run out among it. Returns when more comes due.
+    /// Makes ready what has come due in a lane, leases that have run out among it. Returns when the next comes due.
     ///
     /// # Errors
     /// When the database cannot be reached.
@@ -197,13 +199,13 @@ impl Db {
             where not ready and due_at <= clock_timestamp() and lane = $1",
             lane.number()
         )
-        .execute(self.world(world))
+        .execute(self.claims(world))
         .await?;
         Ok(sqlx::query_scalar!(
             "select min(due_at) from jobs where not ready and due_at < 'infinity' and lane = $1",
             lane.number()
         )
-        .fetch_one(self.world(world))
+        .fetch_one(self.claims(world))
         .await?)
     }
 
@@ -227,7 +229,7 @@ impl Db {
             update jobs set ready = true, holder = null, lease = nextval('leases')
             from gone where jobs.holder = gone.holder"
         )
-        .execute(self.world(world))
+        .execute(self.claims(world))
         .await?;
         Ok(freed.rows_affected())
     }
@@ -276,7 +278,7 @@ impl Db {
             where jobs.project_id = woken.project_id and jobs.kind = woken.kind and jobs.subject = woken.subject",
             SUSPENDED
         )
-        .execute(self.world(world))
+        .execute(self.claims(world))
         .await?;
         Ok(woken.rows_affected())
     }
@@ -290,7 +292,7 @@ impl Db {
             "select distinct project_id from jobs where parked_on = $1",
             SUSPENDED
         )
-        .fetch_all(self.world(world))
+        .fetch_all(self.claims(world))
         .await?;
         for project in resting {
             if !self.is_suspended(project).await? {
@@ -348,7 +350,7 @@ impl Db {
             seconds(LEASE),
             lane.number()
         )
-        .fetch_all(self.world(world))
+        .fetch_all(self.claims(world))
         .await?;
         let cursor = rows
             .iter()
@@ -386,7 +388,7 @@ impl Db {
             leases,
             seconds(LEASE)
         )
-        .fetch_all(self.world(world))
+        .fetch_all(self.claims(world))
         .await?)
     }
 }
@@ -457,27 +459,40 @@ impl ProjectTx {
         )
         .execute(&mut *self.tx)
         .await?;
+        self.called_off.push(job);
         Ok(())
     }
 
-    /// Keeps a lease for longer. First in a transaction, it fences all that follows.
+    /// Keeps a lease for longer, if much of it is used up. First in a transaction, it fences all that follows.
     ///
     /// # Errors
     /// [`StoreError::LeaseLost`].
     pub async fn extend(&mut self, lease: &Lease) -> Result<()> {
         let (kind, subject) = lease.job.columns();
-        let done = sqlx::query!(
-            "update jobs set due_at = clock_timestamp() + make_interval(secs => $5::double precision)
-            where project_id = $1 and kind = $2 and subject = $3 and lease = $4",
+        // Locked rather than updated: most transactions end with the job's deletion, and a new version of its row costs an
+        // entry in every index.
+        let kept = sqlx::query_scalar!(
+            r#"with held as (
+                select due_at from jobs
+                where project_id = $1 and kind = $2 and subject = $3 and lease = $4
+                for update
+            ), extended as (
+                update jobs set due_at = clock_timestamp() + make_interval(secs => $5::double precision)
+                from held
+                where project_id = $1 and kind = $2 and subject = $3
+                  and held.due_at < clock_timestamp() + make_interval(secs => $6::double precision)
+            )
+            select count(*) as "count!" from held"#,
             self.db.project,
             kind,
             subject,
             lease.number,
-            seconds(LEASE)
+            seconds(LEASE),
+            seconds(LONG_ENOUGH)
         )
-        .execute(&mut *self.tx)
+        .fetch_one(&mut *self.tx)
         .await?;
-        held(done.rows_affected())
+        held(kept.unsigned_abs())
     }
 
     /// The job is done.
@@ -485,6 +500,10 @@ impl ProjectTx {
     /// # Errors
     /// [`StoreError::LeaseLost`].
     pub async fn complete(&mut self, lease: &Lease) -> Result<()> {
+        // Even if it was owed again since, it is another claim's.
+        if self.called_off.contains(&lease.job) {
+            return Err(StoreError::LeaseLost);
+        }
         let (kind, subject) = lease.job.columns();
         let done = sqlx::query!(
             "delete from jobs where project_id = $1 and kind = $2 and subject = $3 and lease = $4",

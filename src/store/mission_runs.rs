@@ -3,6 +3,8 @@
 //! A run's row is the lock under which it is decided what becomes of the run: whoever ends a task of it, lifts a barrier
 //! or ends the run holds it until the commit. Under it, what is asked of the run's other tasks is true.
 
+use std::collections::BTreeSet;
+
 use chrono::{DateTime, Utc};
 use serde_json::Value;
 use sqlx::types::Json;
@@ -220,11 +222,13 @@ impl ProjectDb {
     /// # Errors
     /// When the database cannot be reached.
     pub async fn siblings(&self, place: Place, limit: i64) -> Result<Vec<Sibling>> {
+        // A run that is asked for as a range can only be ordered by its own index; of a project that it knows little of, Postgres
+        // would rather walk all tasks.
         Ok(sqlx::query_as!(
             Sibling,
             "select title, status from tasks
-            where project_id = $1 and mission_id = $2 and mission_run = $3
-            order by id
+            where project_id = $1 and mission_id = $2 and mission_run between $3 and $3
+            order by mission_run, id
             limit $4",
             self.project,
             place.mission.uuid(),
@@ -448,11 +452,22 @@ impl ProjectTx {
         let documents: Vec<Json<&TaskDocument>> =
             tasks.iter().map(|task| Json(&task.document)).collect();
         let at: Vec<DateTime<Utc>> = tasks.iter().map(|task| task.created_at).collect();
+        let ready: BTreeSet<Id<ids::Task>> = ready.iter().copied().collect();
+        let (owed, priorities): (Vec<Uuid>, Vec<f64>) = tasks
+            .iter()
+            .filter(|task| ready.contains(&task.id))
+            .map(|task| (task.id.uuid(), task.document.priority))
+            .unzip();
         sqlx::query!(
-            "insert into tasks (project_id, id, title, assign_to, status, group_label, mission_id, mission_run, document, created_at, updated_at)
-            select $1, t.id, t.title, t.assign_to, t.status, t.group_label, t.mission_id, t.mission_run, t.document, t.at, t.at
-            from unnest($2::uuid[], $3::text[], $4::text[], $5::text[], $6::text[], $7::uuid[], $8::integer[], $9::jsonb[], $10::timestamptz[])
-                as t (id, title, assign_to, status, group_label, mission_id, mission_run, document, at)",
+            "with made as (
+                insert into tasks (project_id, id, title, assign_to, status, group_label, mission_id, mission_run, document, created_at, updated_at)
+                select $1, t.id, t.title, t.assign_to, t.status, t.group_label, t.mission_id, t.mission_run, t.document, t.at, t.at
+                from unnest($2::uuid[], $3::text[], $4::text[], $5::text[], $6::text[], $7::uuid[], $8::integer[], $9::jsonb[], $10::timestamptz[])
+                    as t (id, title, assign_to, status, group_label, mission_id, mission_run, document, at)
+            )
+            insert into jobs (project_id, kind, subject, priority, ready, due_at, lease)
+            select $1, 'task', owed.id, owed.priority, true, clock_timestamp(), nextval('leases')
+            from unnest($11::uuid[], $12::double precision[]) as owed (id, priority)",
             self.db.project,
             &ids,
             &column(|task| task.title.clone()),
@@ -462,7 +477,9 @@ impl ProjectTx {
             &missions as _,
             &runs as _,
             &documents as _,
-            &at
+            &at,
+            &owed,
+            &priorities
         )
         .execute(&mut *self.tx)
         .await?;
@@ -481,26 +498,7 @@ impl ProjectTx {
         .execute(&mut *self.tx)
         .await?;
         }
-        let ready: Vec<Uuid> = ready.iter().map(|id| id.uuid()).collect();
-        self.owe_tasks(&ready).await
-    }
-
-    /// Owes tasks their next step at once, those that are not owed it yet.
-    async fn owe_tasks(&mut self, tasks: &[Uuid]) -> Result<()> {
-        // Each by its key: given all ids at once, Postgres reads the project's tasks in the order that is asked for.
-        let owed = sqlx::query!(
-            "insert into jobs (project_id, kind, subject, priority, ready, due_at, lease)
-            select t.project_id, 'task', t.id, (t.document ->> 'priority')::double precision, true, clock_timestamp(), nextval('leases')
-            from unnest($2::uuid[]) as owed (id)
-            cross join lateral (select project_id, id, document from tasks where project_id = $1 and id = owed.id limit 1) t
-            order by t.id
-            on conflict do nothing",
-            self.db.project,
-            tasks
-        )
-        .execute(&mut *self.tx)
-        .await?;
-        self.rings_jobs |= owed.rows_affected() > 0;
+        self.rings_jobs |= !owed.is_empty();
         Ok(())
     }
 
@@ -634,13 +632,13 @@ impl ProjectTx {
     /// # Errors
     /// When the database cannot be reached.
     pub async fn tasks_of_run(&mut self, place: Place) -> Result<Vec<Task>> {
-        // A definition has a bounded number of tasks.
+        // A definition has a bounded number of tasks. For the range see `siblings`.
         let stored = sqlx::query_as!(
             StoredTask,
             r#"select id, title, assign_to, status, held, group_label, run_id, mission_id, mission_run, document as "document: Json<TaskDocument>", created_at, updated_at
             from tasks
-            where project_id = $1 and mission_id = $2 and mission_run = $3
-            order by id"#,
+            where project_id = $1 and mission_id = $2 and mission_run between $3 and $3
+            order by mission_run, id"#,
             self.db.project,
             place.mission.uuid(),
             place.run

@@ -48,6 +48,7 @@ pub use credentials::{CredentialRow, SealedCredential};
 pub use deliveries::{
     AttemptRow, DeliveryFilter, DeliveryRow, Health, NewAttempt, NewDelivery, Route,
 };
+use events::Logs;
 pub use events::{EventRange, EventRow, HeardRow, Stream};
 pub use jobs::{Claimed, Holder, Job, LEASE, Lane, Lease, SUSPENDED, Standing, until};
 pub use keys::{KeyHash, KeyRow, NewKey};
@@ -136,9 +137,9 @@ impl From<sqlx::Error> for StoreError {
             sqlx::Error::Database(database) => match (database.constraint(), database.code()) {
                 (Some(constraint), _) => Self::Constraint(constraint.to_owned()),
                 // Classes 08 (connection), 40 (a deadlock was broken up), 53 (resources) and 57 (operator
-                // intervention: shutdown, start-up).
+                // intervention: shutdown, start-up); and a transaction that was idle for too long.
                 (None, Some(code))
-                    if ["08", "40", "53", "57"]
+                    if ["08", "40", "53", "57", "25P03"]
                         .iter()
                         .any(|class| code.starts_with(class)) =>
                 {
@@ -167,6 +168,13 @@ pub struct PoolSettings {
 
 /// The connections to a world for what is read in the middle of a change. Most of that is known without asking.
 const ASIDE: u32 = 2;
+/// The connections to a world for the engine's claims and leases, which must not wait behind the work that they hand out. Not those above: a
+/// heartbeat waits for a change that holds the job's row, and that change may have something to read.
+const CLAIMS: u32 = 3;
+
+/// A transaction whose process has stopped in the middle of it is ended before the leases of that process are: what it holds
+/// would keep others from taking over. Nothing of ours rests in a transaction.
+const ABANDONED: &str = "set idle_in_transaction_session_timeout = '8s'";
 
 /// The database: one pool per schema, each with its `search_path` fixed at connect,
 /// so a plain table name never reaches another schema (`tests/house.rs` refuses qualified ones).
@@ -178,10 +186,14 @@ pub struct Db {
     /// See [`ProjectDb::aside`].
     live_aside: PgPool,
     test_aside: PgPool,
+    /// See [`CLAIMS`].
+    live_claims: PgPool,
+    test_claims: PgPool,
     /// Connections that are kept for as long as the process lives: one listens, one holds its lock.
     standing: PgPool,
     warm: Arc<Warm>,
     bell: Arc<Bell>,
+    logs: Arc<Logs>,
 }
 
 impl Db {
@@ -205,7 +217,8 @@ impl Db {
                             "production" => "set search_path = production",
                             _ => "set search_path = sandbox",
                         };
-                        connection.execute(set).await.map(drop)
+                        connection.execute(set).await?;
+                        connection.execute(ABANDONED).await.map(drop)
                     })
                 })
                 .connect_lazy_with(options.clone())
@@ -216,9 +229,12 @@ impl Db {
             test: pool(World::Test.schema(), settings.world_connections),
             live_aside: pool(World::Live.schema(), ASIDE),
             test_aside: pool(World::Test.schema(), ASIDE),
+            live_claims: pool(World::Live.schema(), CLAIMS),
+            test_claims: pool(World::Test.schema(), CLAIMS),
             standing: pool("platform", 2),
             warm: Arc::default(),
             bell: Arc::default(),
+            logs: Arc::default(),
         })
     }
 
@@ -226,6 +242,13 @@ impl Db {
         match world {
             World::Live => &self.live,
             World::Test => &self.test,
+        }
+    }
+
+    fn claims(&self, world: World) -> &PgPool {
+        match world {
+            World::Live => &self.live_claims,
+            World::Test => &self.test_claims,
         }
     }
 
@@ -237,6 +260,8 @@ impl Db {
             self.test.close(),
             self.live_aside.close(),
             self.test_aside.close(),
+            self.live_claims.close(),
+            self.test_claims.close(),
             self.standing.close()
         );
     }
@@ -253,6 +278,7 @@ impl Db {
             world,
             warm: self.warm.clone(),
             bell: self.bell.clone(),
+            logs: self.logs.clone(),
         }
     }
 }
@@ -268,6 +294,7 @@ pub struct ProjectDb {
     world: World,
     warm: Arc<Warm>,
     bell: Arc<Bell>,
+    logs: Arc<Logs>,
 }
 
 impl ProjectDb {
@@ -290,6 +317,7 @@ impl ProjectDb {
             tx: self.pool.begin().await?,
             db: self.clone(),
             events: Vec::new(),
+            called_off: Vec::new(),
             stops: Vec::new(),
             changed: Vec::new(),
             tells: false,
@@ -308,6 +336,8 @@ pub struct ProjectTx {
     db: ProjectDb,
     /// What the commit tells.
     events: Vec<Event>,
+    /// Jobs that are owed no longer.
+    called_off: Vec<Job>,
     /// Tasks whose runs are to stop.
     stops: Vec<Uuid>,
     /// Tasks that have changed, for those who follow one.
@@ -339,6 +369,10 @@ impl ProjectTx {
             .execute(&mut *self.tx)
             .await?;
         }
+        let _turn = match self.events.is_empty() {
+            true => None,
+            false => Some(self.db.turn_at_the_log().await),
+        };
         self.append_events().await?;
         let topics: Vec<Topic> = self.topics().collect();
         let changed = std::mem::take(&mut self.changed);

@@ -5,7 +5,7 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use super::events::EventColumns;
-use super::jobs::{LEASE, held};
+use super::jobs::{LEASE, LONG_ENOUGH, held};
 use super::{CallUsage, Lease, ProjectDb, ProjectTx, Result, RunStatus, Topic, to_micros};
 use crate::event::Event;
 use crate::ids::{self, Agent, Id, Run};
@@ -122,7 +122,7 @@ pub struct ProcessRow {
 }
 
 impl ProjectDb {
-    /// Records a step and keeps the lease, with what is told of it, in one statement and so in one commit.
+    /// Records a step and keeps the lease for longer if much of it is used up, with what is told of it, in one statement and so in one commit.
     ///
     /// # Errors
     /// [`super::StoreError::LeaseLost`]; nothing is recorded then.
@@ -136,15 +136,26 @@ impl ProjectDb {
         let (kind, subject) = lease.job.columns();
         let events = EventColumns::new(events);
         let tells = events.count() > 0;
+        // The connection first: those who have one wait for a turn.
+        let mut connection = self.pool.acquire().await?;
+        let _turn = match tells {
+            true => Some(self.turn_at_the_log().await),
+            false => None,
+        };
         let usage = step.usage;
         let tokens = |count: fn(&CallUsage) -> u64| {
             usage.map(|usage| i64::try_from(count(usage)).unwrap_or(i64::MAX))
         };
         let recorded = sqlx::query_scalar!(
             r#"with held as (
-                update jobs set due_at = clock_timestamp() + make_interval(secs => $4)
+                select project_id, due_at from jobs
                 where project_id = $1 and kind = $21 and subject = $2 and lease = $3
-                returning project_id
+                for update
+            ), extended as (
+                update jobs set due_at = clock_timestamp() + make_interval(secs => $4)
+                from held
+                where jobs.project_id = $1 and kind = $21 and subject = $2
+                  and held.due_at < clock_timestamp() + make_interval(secs => $22)
             ), ran as (
                 update runs set under_way = $9 from held
                 where runs.project_id = $1 and runs.id = $5
@@ -187,9 +198,10 @@ impl ProjectDb {
             events.count(),
             &events.names as _,
             &events.payloads,
-            kind
+            kind,
+            LONG_ENOUGH.as_secs_f64()
         )
-        .fetch_one(&self.pool)
+        .fetch_one(&mut *connection)
         .await?;
         held(recorded.unsigned_abs())?;
         if tells {

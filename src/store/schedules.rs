@@ -1,6 +1,8 @@
 //! Schedules: when missions begin by themselves.
 
 use chrono::{DateTime, Utc};
+use serde_json::{Map, Value};
+use sqlx::types::Json;
 use uuid::Uuid;
 
 use super::{Job, ProjectDb, ProjectTx, Result, to_micros};
@@ -125,6 +127,26 @@ impl ProjectDb {
         .fetch_all(&self.pool)
         .await?;
         Ok(stored.into_iter().map(ScheduleRow::from).collect())
+    }
+
+    /// A schedule's mission, with its definition.
+    ///
+    /// # Errors
+    /// [`super::StoreError::NotFound`].
+    pub async fn scheduled_mission(
+        &self,
+        id: Id<Schedule>,
+    ) -> Result<(Id<Mission>, Map<String, Value>)> {
+        let row = sqlx::query!(
+            r#"select m.id, m.document as "definition: Json<Map<String, Value>>"
+            from schedules s join missions m on m.project_id = s.project_id and m.id = s.mission_id
+            where s.project_id = $1 and s.id = $2"#,
+            self.project,
+            id.uuid()
+        )
+        .fetch_one(&self.pool)
+        .await?;
+        Ok((row.id.into(), row.definition.0))
     }
 
     /// A schedule by its own id or its mission's.

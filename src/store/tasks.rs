@@ -5,7 +5,8 @@ use serde_json::Value;
 use sqlx::types::Json;
 use uuid::Uuid;
 
-use super::{Job, ProjectDb, ProjectTx, Result, StoreError, Topic, to_micros};
+use super::jobs::{LONG_ENOUGH, held};
+use super::{Job, LEASE, Lease, ProjectDb, ProjectTx, Result, StoreError, Topic, to_micros};
 use crate::event::Event;
 use crate::ids::{self, Id};
 use crate::task::{Document, Place, Status, Task};
@@ -52,6 +53,15 @@ pub struct NeedResult {
     pub stdout: Option<String>,
     /// What it left behind.
     pub outcomes: Option<Value>,
+}
+
+/// Those that wait. It is asked when they are held and not before: a draft may be queued, or a failed task tried again, while its need
+/// ends, and one of both must see the other.
+fn pending(dependents: impl Iterator<Item = (Uuid, String)>) -> Vec<Uuid> {
+    dependents
+        .filter(|(_, status)| status == Status::Pending.as_str())
+        .map(|(id, _)| id)
+        .collect()
 }
 
 pub(super) struct Stored {
@@ -290,16 +300,25 @@ impl ProjectTx {
         .await?)
     }
 
-    /// Stores a new task with what it needs.
+    /// Stores a new task with what it needs, and owes it its first step if there is nothing to wait for (`owed`).
     ///
     /// # Errors
     /// Constraint `tasks_title_key`.
-    pub async fn create_task(&mut self, task: &mut Task, needs: &[Id<ids::Task>]) -> Result<()> {
+    pub async fn create_task(
+        &mut self,
+        task: &mut Task,
+        needs: &[Id<ids::Task>],
+        owed: bool,
+    ) -> Result<()> {
         task.created_at = to_micros(task.created_at);
         task.updated_at = task.created_at;
         sqlx::query!(
-            "insert into tasks (project_id, id, title, assign_to, status, held, group_label, run_id, document, created_at, updated_at)
-            values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $10)",
+            "with made as (
+                insert into tasks (project_id, id, title, assign_to, status, held, group_label, run_id, document, created_at, updated_at)
+                values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $10)
+            )
+            insert into jobs (project_id, kind, subject, priority, ready, due_at, lease)
+            select $1, 'task', $2, $12, true, clock_timestamp(), nextval('leases') where $11::boolean",
             self.db.project,
             task.id.uuid(),
             task.title,
@@ -309,10 +328,13 @@ impl ProjectTx {
             task.group,
             task.run.map(Id::uuid),
             Json(&task.document) as _,
-            task.created_at
+            task.created_at,
+            owed,
+            task.document.priority
         )
         .execute(&mut *self.tx)
         .await?;
+        self.rings_jobs |= owed;
         if !needs.is_empty() {
             let needs: Vec<Uuid> = needs.iter().map(|need| need.uuid()).collect();
             sqlx::query!(
@@ -346,16 +368,86 @@ impl ProjectTx {
         Ok(stored.into_task())
     }
 
+    /// The task that a lease is about, held against other changes until the commit, and the lease kept as [`ProjectTx::extend`] does:
+    /// first in a transaction, it fences all that follows.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`]; [`StoreError::LeaseLost`].
+    pub async fn lock_task_under(&mut self, lease: &Lease, id: Id<ids::Task>) -> Result<Task> {
+        let (kind, subject) = lease.job.columns();
+        // The task first, then the job, like everyone; `held` is not looked at before the task is there to be returned.
+        let row = sqlx::query!(
+            r#"with task as (
+                select id, title, assign_to, status, held, group_label, run_id, mission_id, mission_run, document, created_at, updated_at
+                from tasks where project_id = $1 and id = $2
+                for no key update
+            ), held as (
+                select due_at from jobs
+                where project_id = $1 and kind = $3 and subject = $4 and lease = $5
+                for update
+            ), extended as (
+                update jobs set due_at = clock_timestamp() + make_interval(secs => $6::double precision)
+                from held
+                where project_id = $1 and kind = $3 and subject = $4
+                  and held.due_at < clock_timestamp() + make_interval(secs => $7::double precision)
+            )
+            select id, title, assign_to, status, held, group_label, run_id, mission_id, mission_run,
+                document as "document: Json<Document>", created_at, updated_at,
+                (select count(*) from held) as "leases!"
+            from task"#,
+            self.db.project,
+            id.uuid(),
+            kind,
+            subject,
+            lease.number(),
+            LEASE.as_secs_f64(),
+            LONG_ENOUGH.as_secs_f64()
+        )
+        .fetch_one(&mut *self.tx)
+        .await?;
+        held(row.leases.unsigned_abs())?;
+        let stored = Stored {
+            id: row.id,
+            title: row.title,
+            assign_to: row.assign_to,
+            status: row.status,
+            held: row.held,
+            group_label: row.group_label,
+            run_id: row.run_id,
+            mission_id: row.mission_id,
+            mission_run: row.mission_run,
+            document: row.document,
+            created_at: row.created_at,
+            updated_at: row.updated_at,
+        };
+        Ok(stored.into_task())
+    }
+
     /// Stores a changed task with what has happened to it. When it has ended, those outside of missions that need it are woken.
     ///
     /// # Errors
     /// Constraint `tasks_title_key`.
     pub async fn save_task(&mut self, task: &mut Task) -> Result<()> {
         task.updated_at = to_micros(Utc::now()).max(task.updated_at);
-        sqlx::query!(
-            "update tasks
-            set assign_to = $3, status = $4, held = $5, run_id = $6, document = $7, updated_at = $8
-            where project_id = $1 and id = $2",
+        let events = task.take_events();
+        let moved = events.iter().any(|event| event.name == "task:transition");
+        self.events.extend(events);
+        // Within a mission there is more to it: `lifecycle::save`.
+        let ended = moved && task.status().is_terminal() && task.mission.is_none();
+        // `ended` comes out of the update, where the planner cannot see it: it would plan anew each time. Who waits for it is held until the commit: of two needs that end at once, the second to get here sees the first.
+        let dependents = sqlx::query!(
+            "with saved as (
+                update tasks
+                set assign_to = $3, status = $4, held = $5, run_id = $6, document = $7, updated_at = $8
+                where project_id = $1 and id = $2
+                returning $9::boolean as ended
+            )
+            select t.id, t.status from saved
+            join dependencies d on saved.ended and d.project_id = $1 and d.needs_id = $2
+            join tasks t on t.project_id = d.project_id and t.id = d.task_id
+            where t.status <> 'done' and t.mission_id is null
+            order by t.id
+            for no key update of t",
             self.db.project,
             task.id.uuid(),
             task.assign_to,
@@ -363,19 +455,14 @@ impl ProjectTx {
             task.held,
             task.run.map(Id::uuid),
             Json(&task.document) as _,
-            task.updated_at
+            task.updated_at,
+            ended
         )
-        .execute(&mut *self.tx)
+        .fetch_all(&mut *self.tx)
         .await?;
         self.changed.push(task.id.uuid());
-        let events = task.take_events();
-        let ended = events.iter().any(|event| event.name == "task:transition");
-        self.events.extend(events);
-        // Within a mission there is more to it: `lifecycle::save`.
-        if ended && task.status().is_terminal() && task.mission.is_none() {
-            self.wake_dependents(task).await?;
-        }
-        Ok(())
+        let dependents = dependents.into_iter().map(|row| (row.id, row.status));
+        self.wake_waiting(task, pending(dependents)).await
     }
 
     /// Owes the tasks outside of missions that can begin now, or a verdict on those that cannot any more.
@@ -383,8 +470,6 @@ impl ProjectTx {
     /// # Errors
     /// When the database refuses.
     pub async fn wake_dependents(&mut self, task: &Task) -> Result<()> {
-        // Held until the commit: of two needs that end at once, the second to get here sees the first. Whether one waits is asked when
-        // it is held and not before: it may be queued, approved or tried again at this very moment.
         let dependents = sqlx::query!(
             "select t.id, t.status from tasks t
             join dependencies d on d.project_id = t.project_id and d.task_id = t.id
@@ -396,11 +481,12 @@ impl ProjectTx {
         )
         .fetch_all(&mut *self.tx)
         .await?;
-        let waiting: Vec<Uuid> = dependents
-            .into_iter()
-            .filter(|row| row.status == Status::Pending.as_str())
-            .map(|row| row.id)
-            .collect();
+        let dependents = dependents.into_iter().map(|row| (row.id, row.status));
+        self.wake_waiting(task, pending(dependents)).await
+    }
+
+    /// The same of those that are known, and held.
+    async fn wake_waiting(&mut self, task: &Task, waiting: Vec<Uuid>) -> Result<()> {
         if waiting.is_empty() {
             return Ok(());
         }

@@ -75,8 +75,12 @@ impl Ending {
     }
 }
 
-/// Runs a task's agent from the last recorded step to its end.
-pub(super) async fn execute(held: &Held, task: Task) -> Result<Option<Task>> {
+/// Runs a task's agent from the last recorded step to its end. `begun` is when the run began, if nothing of it is on record.
+pub(super) async fn execute(
+    held: &Held,
+    task: Task,
+    begun: Option<DateTime<Utc>>,
+) -> Result<Option<Task>> {
     let db = &held.lease.db;
     let settings = db.settings().await?;
     let Some(run) = task.run else {
@@ -96,7 +100,14 @@ pub(super) async fn execute(held: &Held, task: Task) -> Result<Option<Task>> {
         }
         Err(error) => return Err(error.into()),
     };
-    let started_at = db.run(run).await?.started_at;
+    let before = match begun {
+        Some(_) => None,
+        None => Some(db.run(run).await?),
+    };
+    let started_at = match (&before, begun) {
+        (Some(row), _) => row.started_at,
+        (None, begun) => begun.unwrap_or_else(Utc::now),
+    };
     let (provider, model_name, model_id) = match model(held, &task, &agent, &settings).await? {
         Ok(model) => model,
         Err(cause) => {
@@ -125,7 +136,10 @@ pub(super) async fn execute(held: &Held, task: Task) -> Result<Option<Task>> {
             text: task.document.description.clone(),
         }],
     };
-    let (messages, open) = replay(&mut recorder, first, &*toolbox).await?;
+    let (messages, open) = match &before {
+        Some(row) => replay(&mut recorder, row, first, &*toolbox).await?,
+        None => (vec![first], Vec::new()),
+    };
     let request = ModelRequest {
         model: model_id,
         system: Some(prompt(&task, &agent, &memories, around)),
@@ -438,8 +452,7 @@ async fn try_conclude(
 ) -> Result<Option<Task>> {
     let db = &held.lease.db;
     let mut tx = db.begin().await?;
-    let mut task = tx.lock_task(before.id).await?;
-    tx.extend(&held.lease).await?;
+    let mut task = tx.lock_task_under(&held.lease, before.id).await?;
     if task.status() != Status::InProgress || task.run != before.run {
         return Err(WorkError::LeaseLost);
     }

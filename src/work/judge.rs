@@ -58,8 +58,7 @@ async fn stands_before(
     };
     let db = &held.lease.db;
     let mut tx = db.begin().await?;
-    let mut task = tx.lock_task(task.id).await?;
-    tx.extend(&held.lease).await?;
+    let mut task = tx.lock_task_under(&held.lease, task.id).await?;
     if task.go(Status::AwaitingApproval).is_err() {
         return Err(WorkError::LeaseLost);
     }
@@ -87,8 +86,7 @@ async fn settle(
 ) -> Result<Option<Task>> {
     let db = &held.lease.db;
     let mut tx = db.begin().await?;
-    let mut task = tx.lock_task(before.id).await?;
-    tx.extend(&held.lease).await?;
+    let mut task = tx.lock_task_under(&held.lease, before.id).await?;
     if task.status() != Status::Review || task.run != before.run {
         return Err(WorkError::LeaseLost);
     }

@@ -6,12 +6,14 @@
 use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use chrono::Utc;
 use futures::FutureExt;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
@@ -37,6 +39,9 @@ pub use post::Poster;
 
 /// The net under wake-ups, and how soon jobs of a process that was killed are taken over.
 const LOOK: Duration = Duration::from_millis(500);
+/// How late a job may be that is due sooner than anything that was known of: so often, at most, is the clock compared with what is
+/// owed, however many wake-ups there are.
+const GLANCE: Duration = Duration::from_millis(20);
 /// How often leases are extended.
 const HEARTBEAT: Duration = Duration::from_secs(3);
 /// The most jobs of one claim.
@@ -135,6 +140,7 @@ struct Engine {
     /// Whether this process has its lock: what it claims without one looks like a dead process' work.
     standing: watch::Sender<bool>,
     running: Mutex<HashMap<i64, (World, CancellationToken)>>,
+    timers: Arc<Places>,
     jobs: TaskTracker,
 }
 
@@ -142,8 +148,11 @@ struct Engine {
 #[derive(Debug)]
 struct Places {
     lane: Lane,
+    count: usize,
     free: Arc<Semaphore>,
-    /// Told when a place comes free while there was none.
+    /// Whether there was more in a world at the last claim than there was room for.
+    behind: [AtomicBool; 2],
+    /// Told when a place comes free while there were few.
     freed: Notify,
 }
 
@@ -151,9 +160,58 @@ impl Places {
     fn new(lane: Lane, count: usize) -> Arc<Self> {
         Arc::new(Self {
             lane,
+            count,
             free: Arc::new(Semaphore::new(count)),
+            behind: Default::default(),
             freed: Notify::new(),
         })
+    }
+
+    /// How many places must be free for a claim while there is more than there is room for. Timers are over so soon that to claim
+    /// them one by one, as places come free, would cost more than they do.
+    fn batch(&self) -> usize {
+        if self.lane == Lane::Timers {
+            self.count / 4
+        } else {
+            1
+        }
+    }
+
+    fn behind(&self, world: World) -> &AtomicBool {
+        match world {
+            World::Live => &self.behind[0],
+            World::Test => &self.behind[1],
+        }
+    }
+
+    /// Whether there is more than there is room for.
+    fn is_crowded(&self) -> bool {
+        World::ALL
+            .iter()
+            .any(|world| self.behind(*world).load(Ordering::Relaxed))
+    }
+}
+
+/// How far a lane of a world has been seen to.
+#[derive(Debug)]
+struct Rota {
+    /// Whose turn it is: projects after this one.
+    cursor: Uuid,
+    /// When the clock is next compared with what is owed.
+    due: Instant,
+    /// When the next task may begin beside a crowd of timers. They are quick and are to be on time, so tasks begin one by one until
+    /// the crowd is gone; projects take turns at that as always.
+    trickles_at: Instant,
+}
+
+impl Rota {
+    fn new() -> Self {
+        let now = Instant::now();
+        Self {
+            cursor: Uuid::nil(),
+            due: now,
+            trickles_at: now,
+        }
     }
 }
 
@@ -163,11 +221,11 @@ const POISONED: &str = "nothing panics while it holds the list of jobs";
 pub async fn run(app: App) {
     let places = Places::new(Lane::Engine, app.config.worker_slots);
     let couriers = Places::new(Lane::Couriers, COURIERS);
-    let timers = Places::new(Lane::Timers, TIMERS);
     let engine = Arc::new(Engine {
         holder: Holder::new(rand::random()),
         standing: watch::Sender::new(false),
         running: Mutex::default(),
+        timers: Places::new(Lane::Timers, TIMERS),
         jobs: TaskTracker::new(),
         app,
     });
@@ -178,8 +236,8 @@ pub async fn run(app: App) {
             engine.attend(World::Test, &places),
             engine.attend(World::Live, &couriers),
             engine.attend(World::Test, &couriers),
-            engine.attend(World::Live, &timers),
-            engine.attend(World::Test, &timers),
+            engine.attend(World::Live, &engine.timers),
+            engine.attend(World::Test, &engine.timers),
             engine.sweep(),
             engine.beat(),
         );
@@ -247,64 +305,90 @@ impl Engine {
     async fn attend(self: &Arc<Self>, world: World, places: &Arc<Places>) {
         let mut woken = self.app.db.wait(places.lane.topic(world));
         let mut standing = self.standing.subscribe();
-        let mut cursor = Uuid::nil();
+        let mut rota = Rota::new();
         while !self.app.stopping.is_cancelled() {
             standing.borrow_and_update();
             let mut freed = pin!(places.freed.notified());
             // From here on: a place that comes free during the look is heard of.
             freed.as_mut().enable();
-            let next = match self.look(world, places, &mut cursor).await {
-                Ok(next) => next,
-                Err(error) => {
-                    tracing::debug!("no jobs can be claimed, trying again: {error}");
-                    LOOK
-                }
-            };
+            if let Err(error) = self.look(world, places, &mut rota).await {
+                tracing::debug!("no jobs can be claimed, trying again: {error}");
+                rota.due = Instant::now() + LOOK;
+            }
             tokio::select! {
-                changed = woken.changed() => changed.expect("the bell outlives the engine"),
+                changed = woken.changed() => {
+                    changed.expect("the bell outlives the engine");
+                    rota.due = rota.due.min(Instant::now() + GLANCE);
+                }
                 () = freed => {}
-                _ = standing.changed() => {}
-                () = tokio::time::sleep(next) => {}
+                _ = standing.changed() => rota.due = Instant::now(),
+                () = tokio::time::sleep_until(rota.due) => {}
                 () = self.app.stopping.cancelled() => {}
             }
         }
     }
 
-    /// Claims what is ready and there is room for, and says when to look again.
+    /// Claims what is ready and there is room for; before it, makes ready what has come due, if something may have.
     async fn look(
         self: &Arc<Self>,
         world: World,
         places: &Arc<Places>,
-        cursor: &mut Uuid,
-    ) -> std::result::Result<Duration, StoreError> {
+        rota: &mut Rota,
+    ) -> std::result::Result<(), StoreError> {
+        let now = Instant::now();
         if !*self.standing.borrow() {
-            return Ok(LOOK);
+            rota.due = now + LOOK;
+            return Ok(());
         }
         let db = &self.app.db;
-        let due = db.ready_due_jobs(world, places.lane).await?;
+        if rota.due <= now {
+            let next = db.ready_due_jobs(world, places.lane).await?;
+            let pause = next.map_or(LOOK, |next| until(next, Utc::now()));
+            rota.due = now + pause.clamp(Duration::from_millis(1), LOOK);
+        }
+        let crowded = places.lane == Lane::Engine && self.timers.is_crowded();
+        if crowded {
+            rota.due = rota.due.min(now + GLANCE);
+            if now < rota.trickles_at {
+                return Ok(());
+            }
+            rota.trickles_at = now + GLANCE;
+        }
         loop {
-            let most = places.free.available_permits().min(CLAIM);
-            if most == 0 || self.app.stopping.is_cancelled() {
+            let most = if crowded { 1 } else { CLAIM };
+            let most = places.free.available_permits().min(most);
+            let behind = places.behind(world);
+            let least = if behind.load(Ordering::Relaxed) {
+                places.batch()
+            } else {
+                1
+            };
+            if most < least || self.app.stopping.is_cancelled() {
                 break;
             }
-            let from_the_start = cursor.is_nil();
+            let from_the_start = rota.cursor.is_nil();
             let room = i64::try_from(most).unwrap_or(i64::MAX);
             let claimed = db
-                .claim(world, places.lane, self.holder, *cursor, room)
+                .claim(world, places.lane, self.holder, rota.cursor, room)
                 .await?;
             let drained = is_drained(&claimed, most);
-            *cursor = if drained { Uuid::nil() } else { claimed.cursor };
+            behind.store(!(drained && from_the_start), Ordering::Relaxed);
+            // All projects from the cursor on have had their turn, unless there are more than there was room for.
+            rota.cursor = if drained || claimed.projects < most {
+                Uuid::nil()
+            } else {
+                claimed.cursor
+            };
             for lease in claimed.leases {
                 let permit = places.free.clone().acquire_owned().await;
                 let permit = permit.expect("the places are never closed");
                 self.begin(lease, places.clone(), permit);
             }
-            if drained && from_the_start {
+            if crowded || (drained && from_the_start) {
                 break;
             }
         }
-        let pause = due.map_or(LOOK, |due| until(due, Utc::now()));
-        Ok(pause.clamp(Duration::from_millis(1), LOOK))
+        Ok(())
     }
 
     fn begin(self: &Arc<Self>, lease: Lease, places: Arc<Places>, place: OwnedSemaphorePermit) {
@@ -325,9 +409,9 @@ impl Engine {
             };
             held.work().await;
             engine.running.lock().expect(POISONED).remove(&number);
-            let was_full = places.free.available_permits() == 0;
             drop(place);
-            if was_full {
+            // Twice as many, as two may come free at the same time.
+            if places.free.available_permits() <= 2 * places.batch() {
                 places.freed.notify_waiters();
             }
         });

@@ -61,8 +61,7 @@ pub(super) async fn answer(held: &Held, task: &Task, settings: &Settings) -> Res
     };
     let db = &held.lease.db;
     let mut tx = db.begin().await?;
-    let mut task = tx.lock_task(task.id).await?;
-    tx.extend(&held.lease).await?;
+    let mut task = tx.lock_task_under(&held.lease, task.id).await?;
     if task.status() != Status::Review {
         return Err(super::WorkError::LeaseLost);
     }
@@ -119,8 +118,7 @@ pub(super) async fn rewrite(held: &Held, task: Task) -> Result<Option<Task>> {
         serde_json::from_str::<Rewritten>(&answer).map_err(|error| error.to_string())
     });
     let mut tx = db.begin().await?;
-    let mut task = tx.lock_task(task.id).await?;
-    tx.extend(&held.lease).await?;
+    let mut task = tx.lock_task_under(&held.lease, task.id).await?;
     if task.status() != Status::Pending || !task.document.escalation_owed {
         return Err(super::WorkError::LeaseLost);
     }

@@ -12,7 +12,7 @@ use crate::agent::{Compaction, Step, ToolState, ToolUse, Toolbox, TurnEvent};
 use crate::event::Event;
 use crate::ids::{self, Id, Run};
 use crate::llm::{Message, ModelEvent, ToolCall, Usage};
-use crate::store::{CallUsage, NewStep, StepKind, StoreError, storable};
+use crate::store::{CallUsage, NewStep, RunRow, StepKind, StoreError, storable};
 use crate::task::{Outcome, Task};
 use crate::tools::{outcome_of, registers_outcome};
 
@@ -268,11 +268,12 @@ fn tool_body(call: &ToolCall, content: &str, failed: bool) -> Value {
 /// may have been made already and cannot be repeated without harm is answered as what it is: unknown.
 pub(super) async fn replay(
     recorder: &mut Recorder<'_>,
+    run: &RunRow,
     first: Message,
     toolbox: &dyn Toolbox,
 ) -> Result<(Vec<Message>, Vec<ToolCall>)> {
     let db = &recorder.held.lease.db;
-    let steps = db.all_steps(recorder.run).await?;
+    let steps = db.all_steps(run.id).await?;
     let mut messages = vec![first];
     let unreadable = |error: serde_json::Error| {
         WorkError::Defect(anyhow::Error::new(error).context("a step cannot be read"))
@@ -310,10 +311,9 @@ pub(super) async fn replay(
     }
     let mut open = open_calls(&messages);
     recorder.waiting.clone_from(&open);
-    let under_way = db.run(recorder.run).await?.under_way;
     let unknown = open
         .iter()
-        .position(|call| Some(&call.id) == under_way.as_ref());
+        .position(|call| Some(&call.id) == run.under_way.as_ref());
     if let Some(call) = unknown
         .filter(|index| recorder.number > 0 && !toolbox.is_repeatable(&open[*index]))
         .map(|index| open.remove(index))

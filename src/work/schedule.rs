@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use chrono::Utc;
+use serde_json::{Map, Value};
 
 use super::{Held, Result, WorkError};
 use crate::ids::{Id, Schedule};
@@ -19,9 +20,10 @@ pub(super) async fn fire(held: &Held, id: Id<Schedule>) -> Result<()> {
         return Ok(held.put_off(SWITCHED_OFF).await?);
     }
     let now = Utc::now();
-    let fault = match fault_of(held, id).await? {
+    let (mission, definition) = db.scheduled_mission(id).await?;
+    let fault = match fault_of(held, &definition).await? {
         Some(fault) => fault,
-        None => match schedule::fire(&held.lease, id, now).await {
+        None => match schedule::fire(&held.lease, id, mission, now).await {
             Ok(_) => return Ok(()),
             Err(LifecycleError::Invalid { message, .. }) => message,
             Err(LifecycleError::Faults(faults)) => faults.join("; "),
@@ -29,19 +31,16 @@ pub(super) async fn fire(held: &Held, id: Id<Schedule>) -> Result<()> {
         },
     };
     tracing::debug!(schedule = %id, "a scheduled mission cannot be executed: {fault}");
-    schedule::skip_failed(&held.lease, id, &fault, now).await?;
+    schedule::skip_failed(&held.lease, id, mission, &fault, now).await?;
     Ok(())
 }
 
 /// Why the mission's models cannot be asked, if they cannot; the rest is found out when it is executed.
-async fn fault_of(held: &Held, id: Id<Schedule>) -> Result<Option<String>> {
-    let db = &held.lease.db;
-    let mission = db.schedule(Some(id), None).await?.mission;
-    let definition = db.mission(mission).await?.definition;
-    match Document::parse(&definition) {
+async fn fault_of(held: &Held, definition: &Map<String, Value>) -> Result<Option<String>> {
+    match Document::parse(definition) {
         Ok(document) => held
             .app
-            .unusable_model(db, &document)
+            .unusable_model(&held.lease.db, &document)
             .await
             .map_err(|error| WorkError::Defect(error.into())),
         Err(faults) => Ok(Some(faults.join("; "))),

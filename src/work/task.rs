@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use chrono::Utc;
+use chrono::{DateTime, Utc};
 use serde_json::json;
 
 use super::{Held, Result, WorkError, execution, judge, question};
@@ -19,11 +19,9 @@ use crate::task::{
 /// Takes a task as far as it goes.
 pub(super) async fn advance(held: &Held, id: Id<ids::Task>) -> Result<()> {
     let db = &held.lease.db;
-    let mut task = db.task(id).await?;
-    // A run or a review that is not ours was someone's who is gone.
-    if task.status().is_active() {
-        task = recover(held, task).await?;
-    }
+    let mut next = Next::Look;
+    // A run or a review that was there before us was someone's who is gone.
+    let mut ours = false;
     loop {
         if held.lost.is_cancelled() {
             return Err(WorkError::LeaseLost);
@@ -31,64 +29,75 @@ pub(super) async fn advance(held: &Held, id: Id<ids::Task>) -> Result<()> {
         if held.should_rest().await {
             return Ok(db.hand_over(&held.lease, None).await?);
         }
-        let next = match task.status() {
-            Status::Pending if task.document.escalation_owed => {
-                question::rewrite(held, task).await?
-            }
-            Status::Pending | Status::Assigned => begin(held, id).await?,
-            Status::InProgress => execution::execute(held, task).await?,
-            Status::Review => judge::review(held, task).await?,
-            Status::Draft | Status::AwaitingApproval | Status::Done | Status::Failed => {
-                let mut tx = db.begin().await?;
-                tx.complete(&held.lease).await?;
-                tx.commit().await?;
-                None
-            }
+        next = match next {
+            Next::Look => look(held, id, ours).await?,
+            Next::Escalate(task) => after(question::rewrite(held, *task).await?),
+            Next::Execute(task, begun) => after(execution::execute(held, *task, begun).await?),
+            Next::Review(task) => after(judge::review(held, *task).await?),
+            Next::Nothing => return Ok(()),
         };
-        match next {
-            Some(next) => task = next,
-            None => return Ok(()),
-        }
+        ours = true;
     }
 }
 
-/// Says that someone else goes on with it. What was just approved has no run yet to take over.
-async fn recover(held: &Held, task: Task) -> Result<Task> {
-    let Some(run) = task.run.filter(|_| task.status() != Status::Assigned) else {
-        return Ok(task);
+/// What there is to do next for a task.
+enum Next {
+    /// See how it stands.
+    Look,
+    /// Have it described anew, by whom the escalation policy says.
+    Escalate(Box<Task>),
+    /// Run its agent; and when the run began, if nothing of it is on record yet.
+    Execute(Box<Task>, Option<DateTime<Utc>>),
+    /// Judge its work.
+    Review(Box<Task>),
+    /// Nothing: its job is settled.
+    Nothing,
+}
+
+fn after(task: Option<Task>) -> Next {
+    let Some(task) = task else {
+        return Next::Nothing;
     };
-    let mut tx = held.lease.db.begin().await?;
-    let mut task = tx.lock_task(task.id).await?;
-    tx.extend(&held.lease).await?;
-    tx.take_over_run(run).await?;
-    let told = json!({"title": task.title, "previousStatus": task.status()});
-    task.tell("task:recovered", told);
-    lifecycle::save(&mut tx, &held.lease.db, &mut task).await?;
-    tx.commit().await?;
-    Ok(task)
+    match task.status() {
+        Status::InProgress => Next::Execute(Box::new(task), None),
+        Status::Review => Next::Review(Box::new(task)),
+        _ => Next::Look,
+    }
 }
 
-/// What becomes of a task that is about to begin.
-enum Start {
-    /// It can.
-    Go(Box<Task>),
-    /// Its job is settled.
-    Rests,
-}
-
-/// Hands a pending task to its agent, if everything is there that it needs.
-async fn begin(held: &Held, id: Id<ids::Task>) -> Result<Option<Task>> {
+/// Sees how a task stands, and hands it to its agent if that is next and everything is there that it needs.
+async fn look(held: &Held, id: Id<ids::Task>, ours: bool) -> Result<Next> {
     let db = &held.lease.db;
     let settings = db.settings().await?;
     let mut tx = db.begin().await?;
-    let task = tx.lock_task(id).await?;
-    tx.extend(&held.lease).await?;
-    let started = start(held, &mut tx, task, &settings).await?;
+    let mut task = tx.lock_task_under(&held.lease, id).await?;
+    let next = match task.status() {
+        Status::Pending if task.document.escalation_owed => Next::Escalate(Box::new(task)),
+        Status::Pending | Status::Assigned => start(held, &mut tx, task, &settings).await?,
+        Status::InProgress | Status::Review => {
+            if !ours {
+                recover(held, &mut tx, &mut task).await?;
+            }
+            after(Some(task))
+        }
+        Status::Draft | Status::AwaitingApproval | Status::Done | Status::Failed => {
+            tx.complete(&held.lease).await?;
+            Next::Nothing
+        }
+    };
     tx.commit().await?;
-    match started {
-        Start::Go(task) => Ok(Some(*task)),
-        Start::Rests => Ok(None),
+    Ok(next)
+}
+
+/// Says that someone else goes on with it.
+async fn recover(held: &Held, tx: &mut ProjectTx, task: &mut Task) -> Result<()> {
+    if let Some(run) = task.run {
+        tx.take_over_run(run).await?;
+        let told = json!({"title": task.title, "previousStatus": task.status()});
+        task.tell("task:recovered", told);
+        lifecycle::save(tx, &held.lease.db, task).await?;
     }
+    Ok(())
 }
 
 async fn start(
@@ -96,16 +105,15 @@ async fn start(
     tx: &mut ProjectTx,
     mut task: Task,
     settings: &Settings,
-) -> Result<Start> {
+) -> Result<Next> {
     let db = &held.lease.db;
-    let can_begin = matches!(task.status(), Status::Pending | Status::Assigned) && !task.held;
-    if !can_begin {
+    if task.held {
         tx.complete(&held.lease).await?;
-        return Ok(Start::Rests);
+        return Ok(Next::Nothing);
     }
     if rests_in_mission(held, tx, &task).await? {
         let_others(tx, db, &mut task).await?;
-        return Ok(Start::Rests);
+        return Ok(Next::Nothing);
     }
     if !task.document.depends_on.is_empty() {
         let mut unmet = tx.unmet_needs(task.id).await?;
@@ -124,7 +132,7 @@ async fn start(
             }
             tx.complete(&held.lease).await?;
             let_others(tx, db, &mut task).await?;
-            return Ok(Start::Rests);
+            return Ok(Next::Nothing);
         }
     }
     // Only the judgement was held up: the work is there.
@@ -135,13 +143,13 @@ async fn start(
         illegal(task.go(Status::InProgress))?;
         illegal(task.go(Status::Review))?;
         lifecycle::save(tx, db, &mut task).await?;
-        return Ok(Start::Go(Box::new(task)));
+        return Ok(Next::Review(Box::new(task)));
     }
     let agent = match ready_agent(held, &task, settings).await? {
         Ok(agent) => agent,
         Err(cause) => {
             fail_before_begin(held, tx, &mut task, cause).await?;
-            return Ok(Start::Rests);
+            return Ok(Next::Nothing);
         }
     };
     if let Some(whose) = occupied(tx, &task, &agent, settings).await? {
@@ -153,7 +161,7 @@ async fn start(
             // It may have been woken for a place of the project, which others can use.
             tx.unpark("", 1).await?;
         }
-        return Ok(Start::Rests);
+        return Ok(Next::Nothing);
     }
     if task.status() == Status::Pending {
         let data = json!({"from": Status::Pending, "to": Status::Assigned, "agent": agent.name});
@@ -164,14 +172,14 @@ async fn start(
                 lifecycle::request_approval(tx, &mut task, gate, hook).await?;
                 lifecycle::save(tx, db, &mut task).await?;
                 tx.complete(&held.lease).await?;
-                return Ok(Start::Rests);
+                return Ok(Next::Nothing);
             }
         }
         illegal(task.go(Status::Assigned))?;
     }
-    spawn(tx, &mut task, &agent).await?;
+    let begun = spawn(tx, &mut task, &agent).await?;
     lifecycle::save(tx, db, &mut task).await?;
-    Ok(Start::Go(Box::new(task)))
+    Ok(Next::Execute(Box::new(task), begun))
 }
 
 /// Whether a task of a mission cannot begin: something holds it back, or the mission is paused. Its job is settled then.
@@ -211,27 +219,36 @@ fn illegal<T>(step: std::result::Result<T, crate::task::IllegalStep>) -> Result<
     step.map_err(|error| WorkError::Defect(error.into()))
 }
 
-async fn spawn(tx: &mut ProjectTx, task: &mut Task, agent: &AgentRow) -> Result<()> {
+/// Puts an agent to work, and says when its run began if it is a new one.
+async fn spawn(
+    tx: &mut ProjectTx,
+    task: &mut Task,
+    agent: &AgentRow,
+) -> Result<Option<DateTime<Utc>>> {
     let phase = task
         .document
         .phase
         .filter(|phase| matches!(phase, Phase::Fix | Phase::Clarification));
     task.document.phase = Some(phase.unwrap_or(Phase::Execution));
-    match task.run {
+    let begun = match task.run {
         // It was paused.
-        Some(run) => tx.go_on_with_run(run).await?,
+        Some(run) => {
+            tx.go_on_with_run(run).await?;
+            None
+        }
         None => {
             task.document.outcomes.clear();
-            let run = Id::new();
+            let (run, now) = (Id::new(), Utc::now());
             task.run = Some(run);
-            tx.begin_run(run, task.id, agent.id, Utc::now()).await?;
+            tx.begin_run(run, task.id, agent.id, now).await?;
+            Some(now)
         }
-    }
+    };
     // With its run in place, so that who hears of it knows what to follow.
     illegal(task.go(Status::InProgress))?;
     let told = json!({"agentName": agent.name, "taskTitle": task.title});
     task.tell("agent:spawned", told);
-    Ok(())
+    Ok(begun)
 }
 
 /// The task's agent with a model that can be asked, or why there is none.

@@ -14,8 +14,7 @@ pub(super) async fn deadline(held: &Held, id: Id<ids::Task>) -> Result<()> {
     let db = &held.lease.db;
     let settings = db.settings().await?;
     let mut tx = db.begin().await?;
-    let mut task = tx.lock_task(id).await?;
-    tx.extend(&held.lease).await?;
+    let mut task = tx.lock_task_under(&held.lease, id).await?;
     let Some(deadline) = task
         .document
         .deadline

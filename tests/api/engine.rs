@@ -13,7 +13,55 @@ use serde_json::{Value, json};
 use sqlx::{Connection, PgConnection};
 use uuid::Uuid;
 
-use crate::harness::{Reply, TestApp, answer, eventually, last_text, said};
+use crate::harness::{Reply, TestApp, answer, called, eventually, last_text, said};
+
+#[tokio::test]
+async fn what_a_process_holds_that_stopped_in_the_middle_of_a_change_is_let_go() {
+    let app = TestApp::start_with(&["--role-of-test", "api"]).await;
+    app.agent("noor").await;
+    let task = app.task("held", json!({})).await;
+    let claimed = app
+        .app
+        .db
+        .claim(World::Live, Lane::Engine, Holder::new(1), Uuid::nil(), 1)
+        .await
+        .unwrap();
+    let mut stopped = claimed.leases[0].db.begin().await.unwrap();
+    stopped.lock_task(task.parse().unwrap()).await.unwrap();
+    // It waits for the lock, which is Postgres' to take away.
+    let change = app.patch(&format!("/v1/tasks/{task}"), json!({"priority": 2}));
+    let (status, body) = answer(change).await;
+    assert_eq!(status, 200, "{body}");
+    let late = stopped.commit().await;
+    assert!(late.is_err(), "{late:?}");
+}
+
+#[tokio::test]
+async fn many_steps_of_a_project_get_by_with_few_connections() {
+    // Whoever waits for a connection waits for long, so that two that wait for each other are not told apart by time.
+    let app =
+        TestApp::start_with(&["--world-connections", "3", "--acquire-timeout-ms", "120000"]).await;
+    app.agent("noor").await;
+    app.upstream.answers(|request| {
+        let messages = request["messages"].as_array().unwrap();
+        let results = messages
+            .iter()
+            .filter(|message| message["role"] == "tool")
+            .count();
+        Reply::Stream(if results < 6 {
+            called(&[(&format!("call_{results}"), "memory_get", &["{}"])])
+        } else {
+            said("Done.")
+        })
+    });
+    let mut tasks = Vec::new();
+    for number in 0..16 {
+        tasks.push(app.task(&format!("task {number}"), json!({})).await);
+    }
+    for task in tasks {
+        app.until(&task, "done").await;
+    }
+}
 
 #[tokio::test]
 async fn a_tenant_with_many_tasks_does_not_delay_anothers_one() {

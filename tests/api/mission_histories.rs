@@ -292,14 +292,19 @@ impl World {
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        let jobs: Vec<String> = sqlx::query_scalar(
-            "select concat_ws(' ', j.kind, j.ready, j.parked_on, j.holder, t.status, t.held)
+        panic!("the engine never rests: {:?}", self.jobs().await);
+    }
+
+    /// What is owed, for a failure's message.
+    async fn jobs(&self) -> Vec<String> {
+        let mut database = PgConnection::connect(&self.app.database_url).await.unwrap();
+        sqlx::query_scalar(
+            "select concat_ws(' ', j.kind, j.ready, j.parked_on, j.holder, t.title, t.status, t.held)
             from production.jobs j left join production.tasks t on t.id = j.subject",
         )
         .fetch_all(&mut database)
         .await
-        .unwrap();
-        panic!("the engine never rests: {jobs:?}");
+        .unwrap()
     }
 
     async fn standing(&self) -> Vec<(String, Value)> {
@@ -322,7 +327,10 @@ impl World {
                 .filter(|(status, _)| status == "active")
                 .collect();
             let (_, tasks) = answer(self.app.get("/v1/tasks")).await;
-            assert!(active.is_empty(), "these hang: {active:#?} {tasks:#}");
+            if !active.is_empty() {
+                let jobs = self.jobs().await;
+                panic!("these hang: {active:#?} {tasks:#} {jobs:?}");
+            }
             let paused: Vec<&Value> = standing
                 .iter()
                 .filter(|(status, _)| status == "paused")

@@ -121,7 +121,11 @@ impl TestApp {
     async fn fires(&self, schedule: &Value, now: DateTime<Utc>) -> bool {
         let id = schedule["scheduleId"].as_str().unwrap().parse().unwrap();
         let lease = self.lease(id).await.unwrap();
-        matches!(fire(&lease, id, now).await.unwrap(), Fired::Began(_))
+        let (mission, _) = lease.db.scheduled_mission(id).await.unwrap();
+        matches!(
+            fire(&lease, id, mission, now).await.unwrap(),
+            Fired::Began(_)
+        )
     }
 
     /// Has the run under way end, without success.

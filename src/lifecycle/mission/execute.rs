@@ -36,6 +36,7 @@ pub async fn execute(db: &ProjectDb, id: Id<ids::Mission>) -> Result<Execution> 
     let mut tx = db.begin().await?;
     let mut mission = tx.lock_mission(id).await?;
     let execution = begin_run(&mut tx, db, &mut mission, None, Utc::now()).await?;
+    tx.save_mission(&mut mission).await?;
     tx.commit().await?;
     Ok(execution)
 }
@@ -57,11 +58,12 @@ pub async fn launch(
         .await
         .map_err(|error| super::taken(error, &mission.name))?;
     let execution = begin_run(&mut tx, db, &mut mission, None, Utc::now()).await?;
+    tx.save_mission(&mut mission).await?;
     tx.commit().await?;
     Ok((mission, execution))
 }
 
-/// Begins a run, for a schedule or a person. The mission must be held.
+/// Begins a run, for a schedule or a person. The mission must be held, and stored after this.
 pub(in super::super) async fn begin_run(
     tx: &mut ProjectTx,
     db: &ProjectDb,
@@ -124,7 +126,6 @@ pub(in super::super) async fn begin_run(
         "mission:executed",
         json!({"group": group, "taskCount": tasks.len()}),
     );
-    tx.save_mission(mission).await?;
     Ok(Execution {
         tasks,
         group,

@@ -55,7 +55,7 @@ pub(super) async fn finish(
     run.report = Some(report);
     tx.save_mission_run(&run, Some(passed)).await?;
     tx.save_mission(&mut mission).await?;
-    call_off_timers(tx, place).await?;
+    tx.call_off_timers(place).await?;
     if let Some(schedule) = schedule.filter(|schedule| schedule.queued) {
         // What waited for this end is begun under the lease of that job, which reads the mark.
         tx.enqueue(Job::Schedule(schedule.id), 1.0, super::super::NOW)
@@ -77,12 +77,6 @@ fn resting(schedule: Option<&ScheduleRow>, passed: bool, now: DateTime<Utc>) -> 
         _ if passed => Status::Completed,
         _ => Status::Failed,
     }
-}
-
-pub(super) async fn call_off_timers(tx: &mut ProjectTx, place: Place) -> Result<()> {
-    tx.call_off(Job::MissionDeadline(place.mission)).await?;
-    tx.call_off_delays(place).await?;
-    Ok(())
 }
 
 /// The agents that a run brought along go with it. One that another run has begun to use goes with that.

@@ -4,7 +4,7 @@ use serde_json::json;
 
 use super::super::{LifecycleError, Result, operate, save};
 use super::advance::{open_again, pass};
-use super::finish::{call_off_timers, dismiss_newest_team, dismiss_team, end_tasks, remove_tasks};
+use super::finish::{dismiss_newest_team, dismiss_team, end_tasks, remove_tasks};
 use super::{go_on_if_nothing_pauses, hold, newest, read, wrong_state};
 use crate::event::Event;
 use crate::ids::{self, Id};
@@ -193,7 +193,7 @@ async fn try_abort(db: &ProjectDb, id: Id<ids::Mission>) -> Result<Option<usize>
     tx.save_mission(&mut mission).await?;
     tx.delete_schedule_of(id).await?;
     if let Some(run) = &run {
-        call_off_timers(&mut tx, run.place).await?;
+        tx.call_off_timers(run.place).await?;
         dismiss_team(&mut tx, db, run).await?;
     }
     tx.commit().await?;
