@@ -220,16 +220,16 @@ impl ProjectTx {
         Ok(())
     }
 
-    /// The barriers that a task's end may concern, or a removal all of them, and that are reached: all that they follow has ended,
-    /// and, but for delays, some task that they hold back waits for nothing else. Closed gates are among them. The run must be
-    /// held.
+    /// The barriers that are reached: all that they follow has ended, and, but for delays, some task that they hold back waits for
+    /// nothing else. Of those that concern the task that has `moved`, that is, ended or was taken up again; without one, of all.
+    /// Closed gates are among them. The run must be held.
     ///
     /// # Errors
     /// When the database cannot be reached.
     pub async fn barriers_reached(
         &mut self,
         place: Place,
-        ended: Option<Id<ids::Task>>,
+        moved: Option<Id<ids::Task>>,
     ) -> Result<Vec<BarrierRow>> {
         let stored = sqlx::query_as!(
             Stored,
@@ -240,6 +240,7 @@ impl ProjectTx {
               and (
                 $4::uuid is null
                 or exists (select from barrier_follows f where f.project_id = $1 and f.task_id = $4 and f.barrier_id = b.id)
+                or exists (select from barrier_holds h where h.project_id = $1 and h.task_id = $4 and h.barrier_id = b.id)
                 or exists (
                     select from dependencies d
                     join barrier_holds h on h.project_id = d.project_id and h.task_id = d.task_id
@@ -267,7 +268,7 @@ impl ProjectTx {
             self.db.project,
             place.mission.uuid(),
             place.run,
-            ended.map(Id::uuid)
+            moved.map(Id::uuid)
         )
         .fetch_all(&mut *self.tx)
         .await?;

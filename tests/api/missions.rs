@@ -508,6 +508,43 @@ async fn a_gate_is_passed_by_hand_when_the_mission_is_resumed() {
     assert_eq!(answer(app.get("/v1/missions/resumable")).await.1, json!([]));
 }
 
+#[tokio::test]
+async fn a_gate_that_held_back_only_what_had_failed_is_judged_when_that_is_tried_again() {
+    let app = TestApp::with_noor(&[]).await;
+    let answered = std::sync::Arc::new(tokio::sync::Notify::new());
+    let gate = answered.clone();
+    app.upstream
+        .answers(move |_| Reply::Pause(vec![], gate.clone(), said("Done.")));
+    let id = app
+        .mission(
+            "m",
+            json!({"tasks": tasks(&[("A", &[]), ("B", &["A"])]),
+                "qualityGates": [{"name": "g", "afterTasks": ["A"], "blocksTasks": ["B"]}]}),
+        )
+        .await;
+    app.execute(&id).await;
+    eventually("A is worked on", async || app.upstream.asked().len() == 1).await;
+    let (_, all) = answer(app.get("/v1/tasks")).await;
+    let held = all
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|task| task["title"] == "B")
+        .unwrap()["id"]
+        .as_str()
+        .unwrap();
+    let (status, body) = answer(app.post(&format!("/v1/tasks/{held}/kill"), json!({}))).await;
+    assert_eq!(status, 200, "{body}");
+    answered.notify_waiters();
+    app.mission_until(&id, "failed").await;
+    assert_eq!(app.events("quality:gate:passed").await.len(), 0);
+    app.upstream.answers(|_| Reply::Stream(said("Done.")));
+    let (status, body) = answer(app.post(&format!("/v1/tasks/{held}/retry"), json!({}))).await;
+    assert_eq!(status, 200, "{body}");
+    app.mission_until(&id, "completed").await;
+    assert_eq!(app.events("quality:gate:passed").await.len(), 1);
+}
+
 /// A server whose agent fails at tasks whose description begins with `Fail`, until told otherwise.
 async fn failing() -> (TestApp, std::sync::Arc<std::sync::atomic::AtomicBool>) {
     let app = TestApp::start_with(&["--retry-backoff-ms", "1"]).await;

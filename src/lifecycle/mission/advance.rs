@@ -56,7 +56,8 @@ async fn ended(tx: &mut ProjectTx, db: &ProjectDb, task: &Task, place: Place) ->
     Ok(())
 }
 
-/// A failed task is tried again: its mission, if it had ended, is under way again, and closed gates wait for the task.
+/// A failed task is tried again: its mission, if it had ended, is under way again, closed gates wait for the task, and what was not
+/// reached because it held back nothing else is reached now.
 async fn taken_up_again(tx: &mut ProjectTx, task: &Task, place: Place) -> Result<()> {
     let mut run = tx.lock_mission_run(place).await?;
     let mut mission = tx.lock_mission(place.mission).await?;
@@ -79,7 +80,7 @@ async fn taken_up_again(tx: &mut ProjectTx, task: &Task, place: Place) -> Result
         go_on_if_nothing_pauses(tx, &run, &mut mission).await?;
     }
     tx.save_mission(&mut mission).await?;
-    Ok(())
+    reach(tx, &run, Some(task.id)).await
 }
 
 /// A run that had ended goes on, from where its barriers stand.
@@ -135,13 +136,13 @@ pub(super) fn reason(barrier: &BarrierRow) -> String {
     }
 }
 
-/// Whatever is reached now that a task has ended, or that some are gone. The run must be held.
+/// Whatever is reached now that a task has ended or was taken up again, or that some are gone. The run must be held.
 async fn reach(
     tx: &mut ProjectTx,
     run: &MissionRunRow,
-    ended: Option<Id<ids::Task>>,
+    moved: Option<Id<ids::Task>>,
 ) -> Result<()> {
-    let reached = tx.barriers_reached(run.place, ended).await?;
+    let reached = tx.barriers_reached(run.place, moved).await?;
     if reached.is_empty() {
         return Ok(());
     }
