@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, Weak};
+use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -131,6 +132,9 @@ pub(super) struct Logs(Mutex<HashMap<Stream, Weak<Semaphore>>>);
 
 /// How many of a process may be at a log: one that commits, and one that Postgres lets follow at once.
 const AT_A_LOG: usize = 2;
+/// How long a turn is waited for before one goes on without: longer than any queue that moves. A turn saves work, it protects nothing; and
+/// someone who has one may be waiting in Postgres for a row that is held by someone who waits for one.
+const PATIENCE: Duration = Duration::from_millis(100);
 
 impl Logs {
     fn of(&self, stream: Stream) -> Arc<Semaphore> {
@@ -151,15 +155,15 @@ impl Logs {
 }
 
 impl ProjectDb {
-    /// Waits for this project's turn to append to its log; the turn ends with what is returned. Whoever waits must have its
-    /// connection: else those who have a turn could wait for connections, and those who have connections for a turn.
-    pub(super) async fn turn_at_the_log(&self) -> OwnedSemaphorePermit {
+    /// Waits for a turn to append to this project's log, but not for ever; the turn ends with what is returned. Whoever waits must have
+    /// its connection: else those who have a turn would wait for connections, and those who have connections for a turn.
+    pub(super) async fn turn_at_the_log(&self) -> Option<OwnedSemaphorePermit> {
         let stream = Stream {
             world: self.world,
             project: self.project,
         };
-        let turn = self.logs.of(stream).acquire_owned().await;
-        turn.expect("the logs are never closed")
+        let turn = self.logs.of(stream).acquire_owned();
+        tokio::time::timeout(PATIENCE, turn).await.ok()?.ok()
     }
 }
 

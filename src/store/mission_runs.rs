@@ -137,6 +137,23 @@ pub(super) fn parking(mission: Id<ids::Mission>) -> String {
 }
 
 impl ProjectDb {
+    /// The same as [`ProjectTx::unpark_mission`] for those jobs that someone else had hold of, and may have left as they were. After the
+    /// commit, because now no one waits for us whom we wait for.
+    pub(super) async fn unpark_rest(&self, mission: Id<ids::Mission>) -> Result<()> {
+        sqlx::query!(
+            "update jobs set ready = true, due_at = clock_timestamp(), parked_on = null
+            where project_id = $1 and parked_on = $2
+              and not exists (select from missions where project_id = $1 and id = $3 and status = 'paused')",
+            self.project,
+            parking(mission),
+            mission.uuid()
+        )
+        .execute(&self.pool)
+        .await?;
+        self.bell.ring(super::Topic::Jobs(self.world));
+        Ok(())
+    }
+
     /// The tasks of a run that agents are at.
     ///
     /// # Errors
@@ -313,26 +330,8 @@ impl ProjectTx {
     /// When the database refuses.
     pub async fn judge_dependents_outside(&mut self, failed: &[Id<ids::Task>]) -> Result<()> {
         let failed: Vec<Uuid> = failed.iter().map(|id| id.uuid()).collect();
-        let waiting = sqlx::query_scalar!(
-            "select t.id from tasks t
-            where t.project_id = $1 and t.status = 'pending' and t.mission_id is null
-              and exists (select from dependencies d where d.project_id = $1 and d.task_id = t.id and d.needs_id = any($2))
-            order by t.id
-            for no key update of t",
-            self.db.project,
-            &failed
-        )
-        .fetch_all(&mut *self.tx)
-        .await?;
-        for id in waiting {
-            self.enqueue(
-                super::Job::Blocked(id.into()),
-                1.0,
-                std::time::Duration::ZERO,
-            )
-            .await?;
-        }
-        Ok(())
+        let waiting = self.hold_dependents(&failed, true).await?;
+        self.judge_blocked(waiting).await
     }
 
     /// Begins a run.
@@ -720,7 +719,19 @@ impl ProjectTx {
     /// # Errors
     /// When the database refuses.
     pub async fn unpark_mission(&mut self, mission: Id<ids::Mission>) -> Result<()> {
-        self.unpark(&parking(mission), i64::MAX).await
+        let parked = parking(mission);
+        self.unpark(&parked, i64::MAX).await?;
+        let left = sqlx::query_scalar!(
+            r#"select exists (select from jobs where project_id = $1 and parked_on = $2) as "left!""#,
+            self.db.project,
+            parked
+        )
+        .fetch_one(&mut *self.tx)
+        .await?;
+        if left {
+            self.left_parked.push(mission);
+        }
+        Ok(())
     }
 
     /// Lays a job aside until its mission's pause ends.

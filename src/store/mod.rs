@@ -14,6 +14,7 @@ use sqlx::{Executor, PgPool};
 use uuid::Uuid;
 
 use crate::event::Event;
+use crate::ids::{Id, Mission};
 
 mod agents;
 mod approvals;
@@ -318,6 +319,7 @@ impl ProjectDb {
             db: self.clone(),
             events: Vec::new(),
             called_off: Vec::new(),
+            left_parked: Vec::new(),
             stops: Vec::new(),
             changed: Vec::new(),
             tells: false,
@@ -338,6 +340,8 @@ pub struct ProjectTx {
     events: Vec<Event>,
     /// Jobs that are owed no longer.
     called_off: Vec<Job>,
+    /// Missions that go on, of whose parked jobs someone else had hold.
+    left_parked: Vec<Id<Mission>>,
     /// Tasks whose runs are to stop.
     stops: Vec<Uuid>,
     /// Tasks that have changed, for those who follow one.
@@ -369,14 +373,16 @@ impl ProjectTx {
             .execute(&mut *self.tx)
             .await?;
         }
-        let _turn = match self.events.is_empty() {
+        let turn = match self.events.is_empty() {
             true => None,
-            false => Some(self.db.turn_at_the_log().await),
+            false => self.db.turn_at_the_log().await,
         };
         self.append_events().await?;
         let topics: Vec<Topic> = self.topics().collect();
         let changed = std::mem::take(&mut self.changed);
+        let left_parked = std::mem::take(&mut self.left_parked);
         self.tx.commit().await?;
+        drop(turn);
         if self.changes {
             self.db.warm.forget(self.db.project);
         }
@@ -385,6 +391,12 @@ impl ProjectTx {
         }
         for task in changed {
             self.db.bell.ring_if_followed(task);
+        }
+        for mission in left_parked {
+            if let Err(error) = self.db.unpark_rest(mission).await {
+                // It is committed; the look at all parked jobs finds them (`Db::wake_parked_jobs`).
+                tracing::warn!(%mission, "jobs stay parked for a while: {error}");
+            }
         }
         Ok(())
     }

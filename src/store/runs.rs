@@ -139,7 +139,7 @@ impl ProjectDb {
         // The connection first: those who have one wait for a turn.
         let mut connection = self.pool.acquire().await?;
         let _turn = match tells {
-            true => Some(self.turn_at_the_log().await),
+            true => self.turn_at_the_log().await,
             false => None,
         };
         let usage = step.usage;

@@ -470,19 +470,42 @@ impl ProjectTx {
     /// # Errors
     /// When the database refuses.
     pub async fn wake_dependents(&mut self, task: &Task) -> Result<()> {
+        let waiting = self.hold_dependents(&[task.id.uuid()], true).await?;
+        self.wake_waiting(task, waiting).await
+    }
+
+    /// Those that wait and need one of these, of all tasks or of those outside of missions. They and all who may come to wait are held
+    /// until the commit.
+    pub(super) async fn hold_dependents(
+        &mut self,
+        needs: &[Uuid],
+        outside: bool,
+    ) -> Result<Vec<Uuid>> {
         let dependents = sqlx::query!(
-            "select t.id, t.status from tasks t
-            join dependencies d on d.project_id = t.project_id and d.task_id = t.id
-            where t.project_id = $1 and d.needs_id = $2 and t.status <> 'done' and t.mission_id is null
+            "select t.id, t.status
+            from (select distinct task_id from dependencies where project_id = $1 and needs_id = any($2)) d
+            join tasks t on t.project_id = $1 and t.id = d.task_id
+            where t.status <> 'done' and (t.mission_id is null or not $3)
             order by t.id
             for no key update of t",
             self.db.project,
-            task.id.uuid()
+            needs,
+            outside
         )
         .fetch_all(&mut *self.tx)
         .await?;
-        let dependents = dependents.into_iter().map(|row| (row.id, row.status));
-        self.wake_waiting(task, pending(dependents)).await
+        Ok(pending(
+            dependents.into_iter().map(|row| (row.id, row.status)),
+        ))
+    }
+
+    /// Owes a verdict on tasks that can never begin because of what they need.
+    pub(super) async fn judge_blocked(&mut self, tasks: Vec<Uuid>) -> Result<()> {
+        for id in tasks {
+            self.enqueue(Job::Blocked(id.into()), 1.0, std::time::Duration::ZERO)
+                .await?;
+        }
+        Ok(())
     }
 
     /// The same of those that are known, and held.
@@ -491,11 +514,7 @@ impl ProjectTx {
             return Ok(());
         }
         if task.status() == Status::Failed {
-            for id in waiting {
-                self.enqueue(Job::Blocked(id.into()), 1.0, std::time::Duration::ZERO)
-                    .await?;
-            }
-            return Ok(());
+            return self.judge_blocked(waiting).await;
         }
         sqlx::query!(
             "insert into jobs (project_id, kind, subject, priority, ready, due_at, lease)
@@ -638,17 +657,8 @@ impl ProjectTx {
             })
             .collect();
         let gone: Vec<Uuid> = gone.into_iter().map(|row| row.id).collect();
-        let waiting = sqlx::query_scalar!(
-            "select t.id from tasks t
-            where t.project_id = $1 and t.status = 'pending'
-              and exists (select from dependencies d where d.project_id = $1 and d.task_id = t.id and d.needs_id = any($2))
-            order by t.id
-            for no key update of t",
-            self.db.project,
-            &gone
-        )
-        .fetch_all(&mut *self.tx)
-        .await?;
+        let mut waiting = self.hold_dependents(&gone, false).await?;
+        waiting.retain(|id| !gone.contains(id));
         // In the order of all: tasks, then their runs, then what goes with the tasks. Whoever passes a barrier holds the run too.
         let mut places: Vec<Place> = deleted.iter().filter_map(|task| task.place).collect();
         places.sort_by_key(|place| (place.mission, place.run));
@@ -680,10 +690,7 @@ impl ProjectTx {
         )
         .execute(&mut *self.tx)
         .await?;
-        for id in waiting.into_iter().filter(|id| !gone.contains(id)) {
-            self.enqueue(Job::Blocked(id.into()), 1.0, std::time::Duration::ZERO)
-                .await?;
-        }
+        self.judge_blocked(waiting).await?;
         self.stops.extend(&gone);
         self.changed.extend(&gone);
         Ok(deleted)

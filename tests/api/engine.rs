@@ -11,9 +11,12 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use serde_json::{Value, json};
 use sqlx::{Connection, PgConnection};
+use tokio::sync::Notify;
 use uuid::Uuid;
 
-use crate::harness::{Reply, TestApp, answer, called, eventually, last_text, said};
+use crate::harness::{
+    Reply, TestApp, answer, called, eventually, last_text, results, said, waiting,
+};
 
 #[tokio::test]
 async fn what_a_process_holds_that_stopped_in_the_middle_of_a_change_is_let_go() {
@@ -37,19 +40,54 @@ async fn what_a_process_holds_that_stopped_in_the_middle_of_a_change_is_let_go()
 }
 
 #[tokio::test]
+async fn a_change_is_made_while_steps_wait_for_someone_who_holds_their_jobs() {
+    let app = TestApp::start().await;
+    app.agent("noor").await;
+    let answered = Arc::new(Notify::new());
+    let gate = answered.clone();
+    app.upstream.answers(move |request| {
+        if results(request) == 0 {
+            let call = called(&[("call_1", "memory_get", &["{}"])]);
+            Reply::Pause(vec![], gate.clone(), call)
+        } else {
+            Reply::Stream(said("Done."))
+        }
+    });
+    let mut tasks = Vec::new();
+    for number in 0..3 {
+        tasks.push(app.task(&format!("task {number}"), json!({})).await);
+    }
+    eventually("all are asked", async || app.upstream.asked().len() == 3).await;
+    let mut other = PgConnection::connect(&app.database_url).await.unwrap();
+    let mut change = other.begin().await.unwrap();
+    let held = sqlx::query("select from production.jobs for update")
+        .execute(&mut *change)
+        .await
+        .unwrap();
+    assert_eq!(held.rows_affected(), 3);
+    answered.notify_waiters();
+    let mut watch = PgConnection::connect(&app.database_url).await.unwrap();
+    eventually("their steps wait", async || waiting(&mut watch).await >= 2).await;
+    let one_more = app.task("one more", json!({"draft": true}));
+    tokio::time::timeout(Duration::from_secs(20), one_more)
+        .await
+        .expect("nothing keeps it from being made");
+    change.rollback().await.unwrap();
+    for task in tasks {
+        app.until(&task, "done").await;
+    }
+}
+
+#[tokio::test]
 async fn many_steps_of_a_project_get_by_with_few_connections() {
     // Whoever waits for a connection waits for long, so that two that wait for each other are not told apart by time.
     let app =
         TestApp::start_with(&["--world-connections", "3", "--acquire-timeout-ms", "120000"]).await;
     app.agent("noor").await;
     app.upstream.answers(|request| {
-        let messages = request["messages"].as_array().unwrap();
-        let results = messages
-            .iter()
-            .filter(|message| message["role"] == "tool")
-            .count();
-        Reply::Stream(if results < 6 {
-            called(&[(&format!("call_{results}"), "memory_get", &["{}"])])
+        let number = results(request);
+        Reply::Stream(if number < 6 {
+            called(&[(&format!("call_{number}"), "memory_get", &["{}"])])
         } else {
             said("Done.")
         })

@@ -103,6 +103,16 @@ async fn copy_of(template: &str) -> String {
     cluster.url(&name)
 }
 
+/// How many connections to the database of this one wait for a lock.
+pub(crate) async fn waiting(watch: &mut PgConnection) -> i64 {
+    sqlx::query_scalar(
+        "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'",
+    )
+    .fetch_one(watch)
+    .await
+    .unwrap()
+}
+
 #[derive(Parser)]
 struct Arguments {
     #[command(flatten)]

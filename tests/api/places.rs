@@ -8,7 +8,9 @@ use serde_json::{Value, json};
 use sqlx::{Connection, PgConnection};
 use tokio::sync::Notify;
 
-use crate::harness::{Reply, TestApp, answer, called, eventually, last_text, results, said};
+use crate::harness::{
+    Reply, TestApp, answer, called, eventually, last_text, results, said, waiting,
+};
 
 /// A server whose agent `noor` has one place, and `boss` many. Tasks whose title begins with "hang" never end.
 async fn start() -> TestApp {
@@ -261,9 +263,8 @@ async fn a_process_without_its_lock_claims_nothing() {
     app.until(&task, "done").await;
 }
 
-#[tokio::test]
-async fn what_waits_for_a_paused_mission_is_found_when_nobody_wakes_it() {
-    let app = start().await;
+/// A paused mission with a task that waits for the end of the pause, and what its job is parked on.
+async fn paused_mission(app: &TestApp) -> (String, String) {
     let tasks = json!(
         // Either may be the one that gets the place.
         ["hang", "hang too"]
@@ -272,7 +273,7 @@ async fn what_waits_for_a_paused_mission_is_found_when_nobody_wakes_it() {
     let mission = app.mission("m", json!({"tasks": tasks})).await;
     app.execute(&mission).await;
     eventually("one is at work", async || app.upstream.asked().len() == 1).await;
-    parked(&app, "noor", 1).await;
+    parked(app, "noor", 1).await;
     let key = format!("mission:{}", mission.trim_start_matches("msn_"));
     let mut database = PgConnection::connect(&app.database_url).await.unwrap();
     sqlx::raw_sql(sqlx::AssertSqlSafe(format!(
@@ -282,16 +283,43 @@ async fn what_waits_for_a_paused_mission_is_found_when_nobody_wakes_it() {
     .execute(&mut database)
     .await
     .unwrap();
+    (mission, key)
+}
+
+#[tokio::test]
+async fn what_waits_for_a_paused_mission_is_found_when_nobody_wakes_it() {
+    let app = start().await;
+    let (_, key) = paused_mission(&app).await;
     // The server looks too, every ten seconds: what counts is where the job is, not whose look found it.
     let db = &app.app.db;
     db.wake_parked_jobs(World::Live).await.unwrap();
     parked(&app, &key, 1).await;
+    let mut database = PgConnection::connect(&app.database_url).await.unwrap();
     sqlx::raw_sql("update production.missions set status = 'active'")
         .execute(&mut database)
         .await
         .unwrap();
     db.wake_parked_jobs(World::Live).await.unwrap();
     parked(&app, &key, 0).await;
+}
+
+#[tokio::test]
+async fn what_waits_for_a_paused_mission_is_woken_also_when_someone_had_hold_of_it() {
+    let app = start().await;
+    let (mission, key) = paused_mission(&app).await;
+    let hold = format!("select from production.jobs where parked_on = '{key}' for update");
+    let someone = Uncommitted::change(&app, &hold).await;
+    let path = format!("/v1/missions/{mission}/resume");
+    let resume = answer(app.post(&path, json!({})));
+    let ((status, body), ()) = tokio::join!(resume, someone.end_when_it_is_waited_for());
+    assert_eq!(status, 200, "{body}");
+    let mut database = PgConnection::connect(&app.database_url).await.unwrap();
+    let left: i64 = sqlx::query_scalar("select count(*) from production.jobs where parked_on = $1")
+        .bind(&key)
+        .fetch_one(&mut database)
+        .await
+        .unwrap();
+    assert_eq!(left, 0);
 }
 
 #[tokio::test]
@@ -307,26 +335,60 @@ async fn what_is_queued_while_its_need_ends_begins() {
     let draft = app
         .task("next", json!({"draft": true, "dependsOn": [need]}))
         .await;
-    // Someone has found that the draft must wait, and has not committed yet.
-    let mut queueing = PgConnection::connect(&app.database_url).await.unwrap();
-    sqlx::raw_sql("begin; update production.tasks set status = 'pending' where title = 'next'")
-        .execute(&mut queueing)
-        .await
-        .unwrap();
-    let mut database = PgConnection::connect(&app.database_url).await.unwrap();
-    assert_ne!(app.read(&need).await["status"], "done");
-    eventually("the need is about to end", async || {
-        let waits: bool =
-            sqlx::query_scalar("select exists (select from pg_locks where not granted)")
-                .fetch_one(&mut database)
-                .await
-                .unwrap();
-        waits || app.read(&need).await["status"] == "done"
-    })
+    let change = Uncommitted::change(
+        &app,
+        "update production.tasks set status = 'pending' where title = 'next'",
+    )
     .await;
-    sqlx::raw_sql("commit")
-        .execute(&mut queueing)
-        .await
-        .unwrap();
+    assert_ne!(app.read(&need).await["status"], "done");
+    change.end_when_it_is_waited_for().await;
     app.until(&draft, "done").await;
+}
+
+#[tokio::test]
+async fn what_is_queued_while_its_need_is_removed_gets_a_verdict() {
+    let app = start().await;
+    let need = app.task("need", json!({"draft": true})).await;
+    let draft = app
+        .task("next", json!({"draft": true, "dependsOn": [need]}))
+        .await;
+    let change = Uncommitted::change(
+        &app,
+        "update production.tasks set status = 'pending' where title = 'next'",
+    )
+    .await;
+    let path = format!("/v1/tasks/{need}");
+    let removal = answer(app.delete(&path));
+    let ((status, body), ()) = tokio::join!(removal, change.end_when_it_is_waited_for());
+    assert_eq!(status, 200, "{body}");
+    let failed = app.until(&draft, "failed").await;
+    let cause = failed["result"]["stderr"].as_str().unwrap();
+    assert!(cause.contains("not there"), "{failed}");
+}
+
+/// Someone who has changed something, or taken hold of it, and has not committed yet.
+struct Uncommitted {
+    change: PgConnection,
+    watch: PgConnection,
+}
+
+impl Uncommitted {
+    async fn change(app: &TestApp, statement: &str) -> Self {
+        let mut change = PgConnection::connect(&app.database_url).await.unwrap();
+        let statement = sqlx::AssertSqlSafe(format!("begin; {statement}"));
+        sqlx::raw_sql(statement).execute(&mut change).await.unwrap();
+        let watch = PgConnection::connect(&app.database_url).await.unwrap();
+        Self { change, watch }
+    }
+
+    async fn end_when_it_is_waited_for(mut self) {
+        eventually("someone waits for it", async || {
+            waiting(&mut self.watch).await > 0
+        })
+        .await;
+        sqlx::raw_sql("commit")
+            .execute(&mut self.change)
+            .await
+            .unwrap();
+    }
 }
