@@ -87,6 +87,9 @@ pub(super) async fn pose(held: &Held, question: Question<'_>) -> Result<Answer> 
         held.lease.db.hand_over(&held.lease, None).await?;
         return Err(WorkError::LeaseLost);
     }
+    if !held.is_surely_ours().await? {
+        return Err(WorkError::LeaseLost);
+    }
     let mut stopped = held.app.db.wait(Topic::Stop(held.lease.job.subject()));
     let (provider, name, model) = match named_model(held, question.model).await? {
         Ok(model) => model,

@@ -300,6 +300,9 @@ async fn follow(
     started_at: DateTime<Utc>,
 ) -> Result<Followed> {
     let app = &held.app;
+    if !held.is_surely_ours().await? {
+        return Err(WorkError::LeaseLost);
+    }
     let mut events = pin!(events);
     let mut limits = Limits::new(task, settings, started_at);
     let mut stopped = app.db.wait(Topic::Stop(task.id.uuid()));
@@ -321,10 +324,16 @@ async fn follow(
                 Some(Ok(event)) => {
                     limits.quiet_since = Instant::now();
                     limits.warned = false;
-                    if recorder.note(event).await? && held.should_rest().await {
-                        let between = Some(recorder.run);
-                        held.lease.db.hand_over(&held.lease, between).await?;
-                        return Ok(Followed::HandedOver);
+                    if recorder.note(event).await? {
+                        if held.should_rest().await {
+                            let between = Some(recorder.run);
+                            held.lease.db.hand_over(&held.lease, between).await?;
+                            return Ok(Followed::HandedOver);
+                        }
+                        // A model is asked next, or a tool called.
+                        if !held.is_surely_ours().await? {
+                            return Err(WorkError::LeaseLost);
+                        }
                     }
                 }
             },

@@ -20,7 +20,9 @@ use uuid::Uuid;
 
 use crate::app::App;
 use crate::lifecycle::{self, LifecycleError};
-use crate::store::{Claimed, Holder, Job, Lane, Lease, SUSPENDED, StoreError, World, until};
+use crate::store::{
+    Claimed, Holder, Job, LONG_ENOUGH, Lane, Lease, SUSPENDED, StoreError, World, until,
+};
 
 mod ask;
 mod blocked;
@@ -106,9 +108,30 @@ struct Held {
     holder: Holder,
     /// Trips when the lease is lost.
     lost: CancellationToken,
+    /// When something was asked of the database that it would not have done without the lease, and did.
+    proven: Mutex<Instant>,
 }
 
 impl Held {
+    /// The database did, under the lease, what it was asked to at this time.
+    fn is_proven_at(&self, asked: Instant) {
+        *self.proven.lock().expect(POISONED) = asked;
+    }
+
+    /// Whether the job is certainly ours still, so that what is now done for it is done once. After each proof so much of the lease is
+    /// left that it need only be asked if this process was stopped since, or held up for as long.
+    async fn is_surely_ours(&self) -> Result<bool> {
+        if self.proven.lock().expect(POISONED).elapsed() < LONG_ENOUGH {
+            return Ok(true);
+        }
+        let asked = Instant::now();
+        let ours = self.is_ours().await?;
+        if ours {
+            self.is_proven_at(asked);
+        }
+        Ok(ours)
+    }
+
     /// Whether the project is suspended, so that its work rests. Who cannot ask goes on.
     async fn is_suspended(&self) -> bool {
         let project = self.lease.db.project();
@@ -368,6 +391,7 @@ impl Engine {
             }
             let from_the_start = rota.cursor.is_nil();
             let room = i64::try_from(most).unwrap_or(i64::MAX);
+            let asked = Instant::now();
             let claimed = db
                 .claim(world, places.lane, self.holder, rota.cursor, room)
                 .await?;
@@ -382,7 +406,7 @@ impl Engine {
             for lease in claimed.leases {
                 let permit = places.free.clone().acquire_owned().await;
                 let permit = permit.expect("the places are never closed");
-                self.begin(lease, places.clone(), permit);
+                self.begin(lease, asked, places.clone(), permit);
             }
             if crowded || (drained && from_the_start) {
                 break;
@@ -391,7 +415,13 @@ impl Engine {
         Ok(())
     }
 
-    fn begin(self: &Arc<Self>, lease: Lease, places: Arc<Places>, place: OwnedSemaphorePermit) {
+    fn begin(
+        self: &Arc<Self>,
+        lease: Lease,
+        asked: Instant,
+        places: Arc<Places>,
+        place: OwnedSemaphorePermit,
+    ) {
         let lost = CancellationToken::new();
         let number = lease.number();
         let world = lease.db.world();
@@ -406,6 +436,7 @@ impl Engine {
                 holder: engine.holder,
                 lease,
                 lost,
+                proven: Mutex::new(asked),
             };
             held.work().await;
             engine.running.lock().expect(POISONED).remove(&number);

@@ -169,6 +169,7 @@ impl<'a> Recorder<'a> {
                 let told = json!({"taskId": self.task, "agentName": self.agent, "tool": call.name});
                 Event::new("agent:activity", told)
             });
+            let asked = Instant::now();
             match db
                 .record_step(
                     &self.held.lease,
@@ -178,7 +179,10 @@ impl<'a> Recorder<'a> {
                 )
                 .await
             {
-                Ok(()) => break,
+                Ok(()) => {
+                    self.held.is_proven_at(asked);
+                    break;
+                }
                 // It was recorded, and only the answer got lost.
                 Err(error) if error.is_constraint("steps_pkey") => break,
                 Err(StoreError::Unavailable(error)) => {

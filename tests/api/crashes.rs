@@ -10,7 +10,7 @@ use sqlx::{Connection, PgConnection};
 
 use crate::assessments::{is_review, scored};
 use crate::harness::{
-    Reply, Upstream, answer, called, database, eventually, last_text, results, said,
+    Reply, Upstream, answer, called, database, eventually, last_text, results, said, waiting,
 };
 use crate::processes::{Process, furnish, settings};
 
@@ -341,6 +341,48 @@ async fn a_process_that_hangs_is_replaced_when_its_lease_is_over_and_writes_noth
         hung.elapsed()
     );
     fleet.processes[0].0.signal("-CONT");
+    fleet.settle(1, 40).await;
+}
+
+#[tokio::test]
+async fn a_process_that_hung_asks_for_no_turn_that_another_has_on_record() {
+    let mut fleet = Fleet::start(1, 40).await;
+    fleet.task("t", json!({})).await;
+    eventually("it is at work", async || fleet.upstream.asked().len() > 1).await;
+    let mut database = PgConnection::connect(&fleet.database_url).await.unwrap();
+    let mut watch = PgConnection::connect(&fleet.database_url).await.unwrap();
+    // It is stopped while it waits to hear that a tool's result is on record, after which it asks its model.
+    loop {
+        let mut hold = database.begin().await.unwrap();
+        sqlx::query("select from production.runs for update")
+            .execute(&mut *hold)
+            .await
+            .unwrap();
+        eventually("a step waits", async || waiting(&mut watch).await > 0).await;
+        fleet.processes[0].0.signal("-STOP");
+        let newest = async || -> (i32, String) {
+            let mut database = PgConnection::connect(&fleet.database_url).await.unwrap();
+            sqlx::query_as("select number, kind from production.steps order by number desc limit 1")
+                .fetch_one(&mut database)
+                .await
+                .unwrap()
+        };
+        let (before, _) = newest().await;
+        hold.rollback().await.unwrap();
+        eventually("it is on record", async || newest().await.0 > before).await;
+        if newest().await.1 == "tool" {
+            break;
+        }
+        fleet.processes[0].0.signal("-CONT");
+    }
+    fleet.add("serve").await;
+    fleet.settle(1, 40).await;
+    fleet
+        .recorded
+        .push((fleet.turns().await, fleet.upstream.asked().len()));
+    fleet.processes[0].0.signal("-CONT");
+    // Long enough for it to ask.
+    tokio::time::sleep(Duration::from_millis(500)).await;
     fleet.settle(1, 40).await;
 }
 
