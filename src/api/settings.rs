@@ -59,7 +59,7 @@ pub async fn update_settings(
         }
     }
     tx.save_settings(&body).await?;
-    // There may be more places now; who waits for one looks for itself.
+    // There may be more places now, or a scheduler again; who waits for one looks for itself.
     tx.unpark_all().await?;
     tx.commit().await?;
     Ok(Json(json!(settings)))

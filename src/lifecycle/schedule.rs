@@ -131,16 +131,21 @@ async fn plan(
         }
         None => tx.call_off(Job::Schedule(schedule.id)).await?,
     }
-    let waits = if schedule.recurring {
-        Status::Recurring
-    } else {
-        Status::Scheduled
-    };
+    let waits = waiting(schedule);
     // One that runs is put there when the run ends; one whose schedule is switched off waits for nothing.
     if schedule.enabled && !mission.status().is_running() && mission.status() != waits {
         mission.go(waits, None)?;
     }
     Ok(())
+}
+
+/// What a mission is while it waits for its schedule.
+fn waiting(schedule: &ScheduleRow) -> Status {
+    if schedule.recurring {
+        Status::Recurring
+    } else {
+        Status::Scheduled
+    }
 }
 
 fn invalid(param: &'static str, message: String) -> LifecycleError {
@@ -223,6 +228,11 @@ pub(super) async fn change(
         schedule.queued = false;
         tx.save_schedule(&mut schedule).await?;
         tx.call_off(Job::Schedule(schedule.id)).await?;
+        let waits = waiting(&schedule);
+        let waited = matches!(mission.status(), Status::Recurring | Status::Scheduled);
+        if waited && mission.status() != waits {
+            mission.go(waits, None)?;
+        }
     }
     Ok(schedule)
 }

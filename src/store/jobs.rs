@@ -79,6 +79,8 @@ impl Lane {
 
 /// What a suspended project's jobs are parked on; no agent's name.
 pub const SUSPENDED: &str = "/suspended";
+/// What due schedules are parked on whose project has its scheduler switched off; no agent's name either.
+pub const SWITCHED_OFF: &str = "/scheduler-off";
 
 impl Job {
     /// The id of what it is about: of a task, or of an approval.
@@ -234,8 +236,8 @@ impl Db {
         Ok(freed.rows_affected())
     }
 
-    /// Makes ready as many of the parked jobs as there are free places, and those of missions that are not paused any more: the net
-    /// under those who leave and wake the next. Says how many there were.
+    /// Makes ready as many of the parked jobs as there are free places, those of missions that are not paused any more, and the schedules
+    /// of projects whose scheduler is on again: the net under those who leave and wake the next. Says how many there were.
     ///
     /// # Errors
     /// When the database cannot be reached.
@@ -249,6 +251,11 @@ impl Db {
                         case when exists (
                             select from missions
                             where project_id = w.project_id and id = substring(w.parked_on from 9)::uuid and status = 'paused'
+                        ) then 0 else 1000 end)
+                    when w.parked_on = $2 then (
+                        case when exists (
+                            select from settings
+                            where project_id = w.project_id and body -> 'enableScheduler' = 'false'
                         ) then 0 else 1000 end)
                     else coalesce(case
                         when w.parked_on = '' then (
@@ -276,7 +283,8 @@ impl Db {
             update jobs set ready = true, due_at = clock_timestamp(), parked_on = null
             from woken
             where jobs.project_id = woken.project_id and jobs.kind = woken.kind and jobs.subject = woken.subject",
-            SUSPENDED
+            SUSPENDED,
+            SWITCHED_OFF
         )
         .execute(self.claims(world))
         .await?;
@@ -375,21 +383,55 @@ impl Db {
         })
     }
 
-    /// Extends a process' leases and returns those of the given ones that it still has.
+    /// Extends a process' leases and returns those of the given ones that it still has. Whom someone has hold of is left for the next
+    /// time: to wait for one would be to keep hold of the others meanwhile.
     ///
     /// # Errors
     /// When the database cannot be reached.
-    pub async fn extend(&self, world: World, holder: Holder, leases: &[i64]) -> Result<Vec<i64>> {
+    pub async fn extend_all(
+        &self,
+        world: World,
+        holder: Holder,
+        leases: &[i64],
+    ) -> Result<Vec<i64>> {
         Ok(sqlx::query_scalar!(
-            "update jobs set due_at = clock_timestamp() + make_interval(secs => $3::double precision)
-            where holder = $1 and lease = any($2)
-            returning lease",
+            "with extended as (
+                update jobs set due_at = clock_timestamp() + make_interval(secs => $3::double precision)
+                from (
+                    select project_id, kind, subject from jobs
+                    where holder = $1 and lease = any($2)
+                    for update skip locked
+                ) mine
+                where jobs.project_id = mine.project_id and jobs.kind = mine.kind and jobs.subject = mine.subject
+            )
+            select lease from jobs where holder = $1 and lease = any($2)",
             holder.0,
             leases,
             seconds(LEASE)
         )
         .fetch_all(self.claims(world))
         .await?)
+    }
+
+    /// Extends a lease, and says whether it was still the process'.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn extend(&self, holder: Holder, lease: &Lease) -> Result<bool> {
+        let (kind, subject) = lease.job.columns();
+        let extended = sqlx::query!(
+            "update jobs set due_at = clock_timestamp() + make_interval(secs => $6::double precision)
+            where project_id = $1 and kind = $2 and subject = $3 and holder = $4 and lease = $5",
+            lease.db.project,
+            kind,
+            subject,
+            holder.0,
+            lease.number,
+            seconds(LEASE)
+        )
+        .execute(self.claims(lease.db.world))
+        .await?;
+        Ok(extended.rows_affected() > 0)
     }
 }
 
@@ -580,7 +622,7 @@ impl ProjectTx {
         Ok(())
     }
 
-    /// Everyone who waits for a place looks again. Whom someone else is waking or calling off is left to them: to wait
+    /// Everyone who waits for a place, or for the scheduler to be switched on, looks again. Whom someone else is waking or calling off is left to them: to wait
     /// for it would be to wait in a circle.
     ///
     /// # Errors
@@ -598,7 +640,10 @@ impl ProjectTx {
         )
         .execute(&mut *self.tx)
         .await?;
-        self.rings_jobs |= woken.rows_affected() > 0;
+        if woken.rows_affected() > 0 {
+            self.rings(Lane::Engine);
+            self.rings(Lane::Timers);
+        }
         Ok(())
     }
 

@@ -51,7 +51,9 @@ pub use deliveries::{
 };
 use events::Logs;
 pub use events::{EventRange, EventRow, HeardRow, Stream};
-pub use jobs::{Claimed, Holder, Job, LEASE, LONG_ENOUGH, Lane, Lease, SUSPENDED, Standing, until};
+pub use jobs::{
+    Claimed, Holder, Job, LEASE, LONG_ENOUGH, Lane, Lease, SUSPENDED, SWITCHED_OFF, Standing, until,
+};
 pub use keys::{KeyHash, KeyRow, NewKey};
 pub use memories::{MEMORY_LIMIT, Memories, MemoryOwner};
 pub use migrate::{MigrationError, MigrationState, migrate, migration_state, reach};

@@ -145,13 +145,7 @@ impl Held {
 
     /// Whether the job is still ours; asked when someone says that it may not be.
     async fn is_ours(&self) -> Result<bool> {
-        let number = self.lease.number();
-        let kept = self
-            .app
-            .db
-            .extend(self.lease.db.world(), self.holder, &[number])
-            .await?;
-        Ok(kept.contains(&number))
+        Ok(self.app.db.extend(self.holder, &self.lease).await?)
     }
 }
 
@@ -461,7 +455,7 @@ impl Engine {
                 if numbers.is_empty() {
                     continue;
                 }
-                match self.app.db.extend(world, self.holder, &numbers).await {
+                match self.app.db.extend_all(world, self.holder, &numbers).await {
                     Ok(kept) => {
                         let running = self.running.lock().expect(POISONED);
                         for number in numbers.iter().filter(|number| !kept.contains(number)) {

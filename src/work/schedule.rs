@@ -1,7 +1,5 @@
 //! A schedule that is due: its mission begins, or both say why it does not.
 
-use std::time::Duration;
-
 use chrono::Utc;
 use serde_json::{Map, Value};
 
@@ -9,15 +7,15 @@ use super::{Held, Result, WorkError};
 use crate::ids::{Id, Schedule};
 use crate::lifecycle::{LifecycleError, schedule};
 use crate::mission::Document;
-
-/// How long a due schedule rests while its project's schedules are switched off.
-const SWITCHED_OFF: Duration = Duration::from_secs(60);
+use crate::store::SWITCHED_OFF;
 
 /// Looks at a schedule whose time has come.
 pub(super) async fn fire(held: &Held, id: Id<Schedule>) -> Result<()> {
     let db = &held.lease.db;
     if !db.settings().await?.enable_scheduler {
-        return Ok(held.put_off(SWITCHED_OFF).await?);
+        let mut tx = db.begin().await?;
+        tx.park(&held.lease, SWITCHED_OFF).await?;
+        return Ok(tx.commit().await?);
     }
     let now = Utc::now();
     let (mission, definition) = db.scheduled_mission(id).await?;

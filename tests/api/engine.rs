@@ -79,6 +79,50 @@ async fn a_change_is_made_while_steps_wait_for_someone_who_holds_their_jobs() {
 }
 
 #[tokio::test]
+async fn a_heartbeat_waits_for_nobody_who_has_hold_of_a_job() {
+    let app = TestApp::start_with(&["--role-of-test", "api"]).await;
+    app.agent("noor").await;
+    for title in ["held", "free"] {
+        app.task(title, json!({})).await;
+    }
+    let (db, holder) = (&app.app.db, Holder::new(1));
+    let claimed = db
+        .claim(World::Live, Lane::Engine, holder, Uuid::nil(), 2)
+        .await
+        .unwrap();
+    let mut leases: Vec<i64> = claimed.leases.iter().map(Lease::number).collect();
+    leases.sort_unstable();
+    let mut database = PgConnection::connect(&app.database_url).await.unwrap();
+    sqlx::query("update production.jobs set due_at = clock_timestamp()")
+        .execute(&mut database)
+        .await
+        .unwrap();
+    let mut change = database.begin().await.unwrap();
+    sqlx::query("select from production.jobs where lease = $1 for update")
+        .bind(leases[0])
+        .execute(&mut *change)
+        .await
+        .unwrap();
+    let beat = db.extend_all(World::Live, holder, &leases);
+    let mut kept = tokio::time::timeout(Duration::from_secs(20), beat)
+        .await
+        .expect("it waits for no one")
+        .unwrap();
+    kept.sort_unstable();
+    assert_eq!(kept, leases);
+    let extended: Vec<i64> =
+        sqlx::query_scalar("select lease from production.jobs where due_at > clock_timestamp()")
+            .fetch_all(&mut *change)
+            .await
+            .unwrap();
+    assert_eq!(extended, leases[1..]);
+    change.rollback().await.unwrap();
+    // Of what is another's nothing is kept.
+    let others = db.extend_all(World::Live, Holder::new(2), &leases).await;
+    assert_eq!(others.unwrap(), Vec::<i64>::new());
+}
+
+#[tokio::test]
 async fn many_steps_of_a_project_get_by_with_few_connections() {
     // Whoever waits for a connection waits for long, so that two that wait for each other are not told apart by time.
     let app =
