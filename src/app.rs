@@ -192,6 +192,7 @@ impl App {
         for world in World::ALL {
             if self.db.wake_parked_jobs(world).await? > 0 {
                 self.db.ring(Topic::Jobs(world));
+                self.db.ring(Topic::Timers(world));
             }
             self.db.wake_resumed_projects(world).await?;
         }

@@ -59,8 +59,11 @@ pub async fn update_settings(
         }
     }
     tx.save_settings(&body).await?;
-    // There may be more places now, or a scheduler again; who waits for one looks for itself.
+    // There may be more places now; who waits for one looks for itself.
     tx.unpark_all().await?;
+    if settings.enable_scheduler {
+        tx.unpark_schedules().await?;
+    }
     tx.commit().await?;
     Ok(Json(json!(settings)))
 }

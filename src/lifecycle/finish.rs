@@ -312,6 +312,7 @@ pub async fn after_defect(
         tx.put_off(lease, pause(defects)).await?;
         return save(tx, db, &mut task).await;
     }
+    hold_run(tx, &task).await?;
     tx.complete(lease).await?;
     if task.status().is_terminal() {
         return save(tx, db, &mut task).await;
@@ -322,6 +323,18 @@ pub async fn after_defect(
     end_abruptly(tx, db, &mut task, EndReason::Error, &sentence).await
 }
 
+/// Holds the mission's run of a task that may be waiting, before its job is touched: who lifts a barrier or ends a need has the run, and
+/// owes jobs then.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn hold_run(tx: &mut ProjectTx, task: &Task) -> Result<()> {
+    if let Some(place) = task.mission {
+        tx.lock_mission_run(place).await?;
+    }
+    Ok(())
+}
+
 /// Ends a task from outside its run: whoever runs it stops, and nothing of the run counts any more.
 pub(super) async fn end_abruptly(
     tx: &mut ProjectTx,
@@ -330,6 +343,9 @@ pub(super) async fn end_abruptly(
     reason: EndReason,
     sentence: &str,
 ) -> Result<()> {
+    hold_run(tx, task).await?;
+    // Before its run, like whoever records a step.
+    tx.call_off(Job::Task(task.id)).await?;
     if let Some(run) = task.run.filter(|_| task.status().is_active()) {
         tx.end_run(run, crate::store::RunStatus::Interrupted, None)
             .await?;

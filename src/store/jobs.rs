@@ -413,7 +413,7 @@ impl Db {
         .await?)
     }
 
-    /// Extends a lease, and says whether it was still the process'.
+    /// Extends a lease, and says whether it was still the process'. Not through [`super::CLAIMS`]: it waits for whoever has hold of the job.
     ///
     /// # Errors
     /// When the database cannot be reached.
@@ -429,7 +429,7 @@ impl Db {
             lease.number,
             seconds(LEASE)
         )
-        .execute(self.claims(lease.db.world))
+        .execute(self.world(lease.db.world))
         .await?;
         Ok(extended.rows_affected() > 0)
     }
@@ -622,7 +622,7 @@ impl ProjectTx {
         Ok(())
     }
 
-    /// Everyone who waits for a place, or for the scheduler to be switched on, looks again. Whom someone else is waking or calling off is left to them: to wait
+    /// Everyone who waits for a place looks again. Whom someone else is waking or calling off is left to them: to wait
     /// for it would be to wait in a circle.
     ///
     /// # Errors
@@ -632,19 +632,26 @@ impl ProjectTx {
             "update jobs set ready = true, due_at = clock_timestamp(), parked_on = null
             from (
                 select kind, subject from jobs
-                where project_id = $1 and parked_on is not null
+                where project_id = $1 and parked_on <> $2
                 for update skip locked
             ) waiting
             where jobs.project_id = $1 and jobs.kind = waiting.kind and jobs.subject = waiting.subject",
-            self.db.project
+            self.db.project,
+            SWITCHED_OFF
         )
         .execute(&mut *self.tx)
         .await?;
-        if woken.rows_affected() > 0 {
-            self.rings(Lane::Engine);
-            self.rings(Lane::Timers);
-        }
+        self.rings_jobs |= woken.rows_affected() > 0;
         Ok(())
+    }
+
+    /// The project's scheduler is on: what came due while it was not looks again.
+    ///
+    /// # Errors
+    /// When the database refuses.
+    pub async fn unpark_schedules(&mut self) -> Result<()> {
+        self.rings(Lane::Timers);
+        self.unpark(SWITCHED_OFF, i64::MAX).await
     }
 
     /// A place of `whose` is free: the first of those that wait for one is ready, but for those that someone else is
@@ -682,6 +689,9 @@ impl ProjectDb {
     pub async fn wake_resumed(&self) -> Result<()> {
         let mut tx = self.begin().await?;
         tx.unpark(SUSPENDED, i64::MAX).await?;
+        for lane in Lane::ALL {
+            tx.rings(lane);
+        }
         tx.commit().await
     }
 

@@ -138,18 +138,29 @@ pub(super) fn parking(mission: Id<ids::Mission>) -> String {
 
 impl ProjectDb {
     /// The same as [`ProjectTx::unpark_mission`] for those jobs that someone else had hold of, and may have left as they were. After the
-    /// commit, because now no one waits for us whom we wait for.
+    /// commit and one by one, so that nobody waits for us whom we wait for.
     pub(super) async fn unpark_rest(&self, mission: Id<ids::Mission>) -> Result<()> {
-        sqlx::query!(
-            "update jobs set ready = true, due_at = clock_timestamp(), parked_on = null
-            where project_id = $1 and parked_on = $2
-              and not exists (select from missions where project_id = $1 and id = $3 and status = 'paused')",
+        let parked = sqlx::query!(
+            "select kind, subject from jobs where project_id = $1 and parked_on = $2 order by kind, subject limit 1000",
             self.project,
-            parking(mission),
-            mission.uuid()
+            parking(mission)
         )
-        .execute(&self.pool)
+        .fetch_all(&self.pool)
         .await?;
+        for job in parked {
+            sqlx::query!(
+                "update jobs set ready = true, due_at = clock_timestamp(), parked_on = null
+                where project_id = $1 and kind = $2 and subject = $3 and parked_on = $4
+                  and not exists (select from missions where project_id = $1 and id = $5 and status = 'paused')",
+                self.project,
+                job.kind,
+                job.subject,
+                parking(mission),
+                mission.uuid()
+            )
+            .execute(&self.pool)
+            .await?;
+        }
         self.bell.ring(super::Topic::Jobs(self.world));
         Ok(())
     }

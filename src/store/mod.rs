@@ -175,9 +175,9 @@ const ASIDE: u32 = 2;
 /// heartbeat waits for a change that holds the job's row, and that change may have something to read.
 const CLAIMS: u32 = 3;
 
-/// A transaction whose process has stopped in the middle of it is ended before the leases of that process are: what it holds
-/// would keep others from taking over. Nothing of ours rests in a transaction.
-const ABANDONED: &str = "set idle_in_transaction_session_timeout = '8s'";
+/// A transaction whose process has stopped in the middle of it is ended before the leases of that process can be, see [`LONG_ENOUGH`]: what
+/// it holds would keep others from taking over. Nothing of ours rests in a transaction.
+const ABANDONED: &str = "set idle_in_transaction_session_timeout = '5s'";
 
 /// The database: one pool per schema, each with its `search_path` fixed at connect,
 /// so a plain table name never reaches another schema (`tests/house.rs` refuses qualified ones).

@@ -201,11 +201,9 @@ impl Places {
         }
     }
 
-    /// Whether there is more than there is room for.
-    fn is_crowded(&self) -> bool {
-        World::ALL
-            .iter()
-            .any(|world| self.behind(*world).load(Ordering::Relaxed))
+    /// Whether there is more of a world than there is room for.
+    fn is_crowded(&self, world: World) -> bool {
+        self.behind(world).load(Ordering::Relaxed)
     }
 }
 
@@ -363,7 +361,7 @@ impl Engine {
             let pause = next.map_or(LOOK, |next| until(next, Utc::now()));
             rota.due = now + pause.clamp(Duration::from_millis(1), LOOK);
         }
-        let crowded = places.lane == Lane::Engine && self.timers.is_crowded();
+        let crowded = places.lane == Lane::Engine && self.timers.is_crowded(world);
         if crowded {
             rota.due = rota.due.min(now + GLANCE);
             if now < rota.trickles_at {
@@ -397,12 +395,14 @@ impl Engine {
             } else {
                 claimed.cursor
             };
+            let none = claimed.leases.is_empty();
             for lease in claimed.leases {
                 let permit = places.free.clone().acquire_owned().await;
                 let permit = permit.expect("the places are never closed");
                 self.begin(lease, asked, places.clone(), permit);
             }
-            if crowded || (drained && from_the_start) {
+            // The one task of a crowded round may be found only from the start again.
+            if (crowded && !none) || (drained && from_the_start) {
                 break;
             }
         }

@@ -8,14 +8,19 @@ use crate::ids::{Id, Schedule};
 use crate::lifecycle::{LifecycleError, schedule};
 use crate::mission::Document;
 use crate::store::SWITCHED_OFF;
+use crate::task::Settings;
 
 /// Looks at a schedule whose time has come.
 pub(super) async fn fire(held: &Held, id: Id<Schedule>) -> Result<()> {
     let db = &held.lease.db;
     if !db.settings().await?.enable_scheduler {
+        // What is known of the settings may be old: asked again under the lock that a change of them holds.
         let mut tx = db.begin().await?;
-        tx.park(&held.lease, SWITCHED_OFF).await?;
-        return Ok(tx.commit().await?);
+        tx.extend(&held.lease).await?;
+        if !Settings::restored(&tx.lock_settings().await?).enable_scheduler {
+            tx.park(&held.lease, SWITCHED_OFF).await?;
+            return Ok(tx.commit().await?);
+        }
     }
     let now = Utc::now();
     let (mission, definition) = db.scheduled_mission(id).await?;

@@ -349,6 +349,7 @@ async fn fail_before_begin(
     let result = TaskResult::without_answer(EndReason::Error, &cause, Some(cause.clone()), before);
     task.document.result = Some(result);
     task.bypass(Bypass::Stopped);
+    lifecycle::hold_run(tx, task).await?;
     lifecycle::settle(tx, task).await?;
     lifecycle::save(tx, &held.lease.db, task).await?;
     Ok(())

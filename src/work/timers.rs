@@ -70,6 +70,8 @@ pub(super) async fn escalation(held: &Held, id: Id<ids::Task>) -> Result<()> {
     );
     if waits && task.document.escalation_level.is_some() {
         lifecycle::withdraw(&mut tx, &mut task).await?;
+        // Before its run, like whoever records a step.
+        tx.call_off(crate::store::Job::Task(id)).await?;
         if let Some(run) = task.run.filter(|_| task.status() == Status::InProgress) {
             tx.end_run(run, crate::store::RunStatus::Interrupted, None)
                 .await?;
@@ -77,7 +79,6 @@ pub(super) async fn escalation(held: &Held, id: Id<ids::Task>) -> Result<()> {
         }
         tx.stop_run(id);
         task.document.escalation_owed = false;
-        tx.call_off(crate::store::Job::Task(id)).await?;
         let next = task.next_level(&settings);
         let aftermath: Aftermath =
             lifecycle::escalate(&mut tx, db, &mut task, &settings, next).await?;

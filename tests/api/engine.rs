@@ -78,6 +78,56 @@ async fn a_change_is_made_while_steps_wait_for_someone_who_holds_their_jobs() {
     }
 }
 
+/// Takes hold of `first`, kills the task, and says whether `second` is free while the kill waits for the first.
+async fn is_free_while_a_kill_waits(app: &TestApp, task: &str, first: &str, second: &str) -> bool {
+    let connect = async || PgConnection::connect(&app.database_url).await.unwrap();
+    let (mut one, mut other, mut watch) = (connect().await, connect().await, connect().await);
+    let mut change = one.begin().await.unwrap();
+    let hold = |table: &str, how: &str| {
+        sqlx::AssertSqlSafe(format!("select from production.{table} for update {how}"))
+    };
+    sqlx::raw_sql(hold(first, ""))
+        .execute(&mut *change)
+        .await
+        .unwrap();
+    let kill = answer(app.post(&format!("/v1/tasks/{task}/kill"), json!({})));
+    let looked = async {
+        eventually("the kill waits", async || waiting(&mut watch).await > 0).await;
+        let mut look = other.begin().await.unwrap();
+        let held = sqlx::raw_sql(hold(second, "nowait"))
+            .execute(&mut *look)
+            .await;
+        look.rollback().await.unwrap();
+        change.rollback().await.unwrap();
+        held.is_ok()
+    };
+    let ((status, body), free) = tokio::join!(kill, looked);
+    assert_eq!(status, 200, "{body}");
+    free
+}
+
+#[tokio::test]
+async fn a_kill_takes_hold_of_the_job_before_the_run_as_whoever_records_a_step() {
+    let app = TestApp::start().await;
+    app.agent("noor").await;
+    app.upstream.will(Reply::Hang(vec![]));
+    let task = app.task("long", json!({})).await;
+    eventually("it is at work", async || app.upstream.asked().len() == 1).await;
+    assert!(is_free_while_a_kill_waits(&app, &task, "jobs", "runs").await);
+}
+
+#[tokio::test]
+async fn a_kill_takes_hold_of_the_missions_run_before_the_job_as_whoever_lets_tasks_begin() {
+    let app = TestApp::start_with(&["--role-of-test", "api"]).await;
+    app.agent("noor").await;
+    let tasks = json!([{"title": "a", "description": "Do it", "assignTo": "noor"}]);
+    let mission = app.mission("m", json!({"tasks": tasks})).await;
+    app.execute(&mission).await;
+    let (_, tasks) = answer(app.get("/v1/tasks")).await;
+    let task = tasks[0]["id"].as_str().unwrap();
+    assert!(is_free_while_a_kill_waits(&app, task, "mission_runs", "jobs").await);
+}
+
 #[tokio::test]
 async fn a_heartbeat_waits_for_nobody_who_has_hold_of_a_job() {
     let app = TestApp::start_with(&["--role-of-test", "api"]).await;
