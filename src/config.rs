@@ -36,8 +36,8 @@ pub struct Config {
     #[arg(long, env = "POLPO_RATE_LIMIT", default_value_t = 10)]
     pub rate_limit: u32,
 
-    /// The most database connections to each of the two worlds.
-    #[arg(long, env = "POLPO_WORLD_CONNECTIONS", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..))]
+    /// The most database connections to each of the two worlds, beside a few for the engine. A process has some 36 in all.
+    #[arg(long, env = "POLPO_WORLD_CONNECTIONS", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
     pub world_connections: u32,
 
     /// The most database connections to the platform's tables.

@@ -370,7 +370,7 @@ impl Place {
         for setting in [
             "listen_addresses=",
             "unix_socket_permissions=0700",
-            "max_connections=200",
+            "max_connections=300",
             "shared_buffers=64MB",
             "timezone=UTC",
         ] {
