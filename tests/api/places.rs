@@ -322,6 +322,15 @@ async fn what_waits_for_a_paused_mission_is_woken_also_when_someone_had_hold_of_
     assert_eq!(left, 0);
 }
 
+/// A draft with a need that someone is queueing.
+async fn being_queued(app: &TestApp, need: &str) -> (String, Uncommitted) {
+    let draft = app
+        .task("next", json!({"draft": true, "dependsOn": [need]}))
+        .await;
+    let queue = "update production.tasks set status = 'pending' where title = 'next'";
+    (draft, Uncommitted::change(app, queue).await)
+}
+
 #[tokio::test]
 async fn what_is_queued_while_its_need_ends_begins() {
     let app = start().await;
@@ -332,14 +341,7 @@ async fn what_is_queued_while_its_need_ends_begins() {
         )
     });
     let need = app.task("need", json!({})).await;
-    let draft = app
-        .task("next", json!({"draft": true, "dependsOn": [need]}))
-        .await;
-    let change = Uncommitted::change(
-        &app,
-        "update production.tasks set status = 'pending' where title = 'next'",
-    )
-    .await;
+    let (draft, change) = being_queued(&app, &need).await;
     assert_ne!(app.read(&need).await["status"], "done");
     change.end_when_it_is_waited_for().await;
     app.until(&draft, "done").await;
@@ -349,14 +351,7 @@ async fn what_is_queued_while_its_need_ends_begins() {
 async fn what_is_queued_while_its_need_is_removed_gets_a_verdict() {
     let app = start().await;
     let need = app.task("need", json!({"draft": true})).await;
-    let draft = app
-        .task("next", json!({"draft": true, "dependsOn": [need]}))
-        .await;
-    let change = Uncommitted::change(
-        &app,
-        "update production.tasks set status = 'pending' where title = 'next'",
-    )
-    .await;
+    let (draft, change) = being_queued(&app, &need).await;
     let path = format!("/v1/tasks/{need}");
     let removal = answer(app.delete(&path));
     let ((status, body), ()) = tokio::join!(removal, change.end_when_it_is_waited_for());
