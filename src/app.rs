@@ -199,6 +199,14 @@ impl App {
         Ok(())
     }
 
+    /// Tells of chat turns whose process was lost before it could.
+    async fn tell_left_untold(&self) -> StoreResult<()> {
+        for world in World::ALL {
+            self.db.tell_left_untold(world).await?;
+        }
+        Ok(())
+    }
+
     /// Deletes events that are older than they are kept, and deliveries that ended so long ago.
     async fn prune_events(&self) -> StoreResult<()> {
         let kept = chrono::Duration::hours(i64::from(self.config.event_retention_hours));
@@ -221,6 +229,7 @@ impl App {
                     app.limits.sweep();
                     let done = async {
                         app.db.record_key_use().await?;
+                        app.tell_left_untold().await?;
                         if role != Role::Api {
                             app.wake_parked_jobs().await?;
                             app.db.prune_changes().await?;

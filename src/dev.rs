@@ -266,7 +266,7 @@ async fn ensure_agent(door: &ProjectDb) -> anyhow::Result<()> {
         ("role".to_owned(), json!("Helpful assistant")),
         ("model".to_owned(), json!(crate::app::DEFAULT_MODEL)),
     ]);
-    let mut tx = door.begin().await?;
+    let mut tx = door.begin();
     let team = tx.first_team().await?;
     tx.create_agent(&NewAgent {
         name: AGENT,

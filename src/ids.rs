@@ -85,6 +85,20 @@ impl<K> From<Uuid> for Id<K> {
     }
 }
 
+impl From<Id<Run>> for Id<Session> {
+    /// The transcript of a task's run goes by the run's own id.
+    fn from(run: Id<Run>) -> Self {
+        run.0.into()
+    }
+}
+
+impl From<Id<Session>> for Id<Run> {
+    /// The run whose transcript it would be.
+    fn from(session: Id<Session>) -> Self {
+        session.0.into()
+    }
+}
+
 impl<K: Kind> FromStr for Id<K> {
     type Err = InvalidId;
 

@@ -278,7 +278,7 @@ pub async fn create_agent(
     let mut definition = Map::new();
     merge(&mut definition, new.fields);
     check(&app, &definition)?;
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     let team = match query.team.or(new.team) {
         Some(team) => team,
         None => tx.first_team().await?,
@@ -325,7 +325,7 @@ pub async fn update_agent(
     Path(name): Path<String>,
     Json(change): Json<UpdateAgent>,
 ) -> Result<Json<AgentView>, ApiError> {
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     let agent = tx
         .lock_agent(&name)
         .await
@@ -361,7 +361,7 @@ pub async fn delete_agent(
     Door(db): Door,
     Path(name): Path<String>,
 ) -> Result<Json<Removed>, ApiError> {
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     let agent = tx
         .lock_agent(&name)
         .await

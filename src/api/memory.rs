@@ -106,7 +106,7 @@ async fn save(
     agent: Option<String>,
     content: &str,
 ) -> Result<Json<Saved>, ApiError> {
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     tx.save_memory(owner(agent.as_deref()), content)
         .await
         .map_err(too_large)?;

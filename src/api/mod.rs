@@ -46,6 +46,7 @@ pub mod settings;
 mod sse;
 pub mod tasks;
 pub mod teams;
+mod transcript;
 pub mod turn;
 pub mod webhooks;
 

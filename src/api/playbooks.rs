@@ -128,7 +128,7 @@ pub async fn save_playbook(
         message: "The playbook is not valid: see `details`.".to_owned(),
         details,
     })?;
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     if !tx
         .save_playbook(&playbook.name, &json!(playbook), MOST_PLAYBOOKS)
         .await?
@@ -173,7 +173,7 @@ pub async fn delete_playbook(
     Door(db): Door,
     Path(name): Path<String>,
 ) -> Result<Json<Deleted>, ApiError> {
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     tx.delete_playbook(&name)
         .await
         .map_err(|error| missing(error, &name))?;

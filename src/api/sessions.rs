@@ -10,6 +10,7 @@ use serde_json::{Map, Value, json};
 
 use super::error::{ApiError, ErrorBody};
 use super::extract::{Door, Json, Page, Path, Query};
+use super::transcript::transcript;
 use crate::ids::{self, Id};
 use crate::llm::{Message, Part, ToolCall};
 use crate::store::{MessageRow, NewMessage, SessionFilter, SessionRow, StoreError};
@@ -237,7 +238,7 @@ fn next_link(query: &HashMap<String, String>, size: i64, last: &str) -> String {
     format!("</v1/chat/sessions?{query}>; rel=\"next\"")
 }
 
-/// Read what was said in a session.
+/// Read what was said in a session, or in a task's last run (`sessionId` of the task).
 #[utoipa::path(get, path = "/chat/sessions/{id}/messages", tag = "Sessions",
     params(("id" = String, Path, description = "The session"), MessagePage),
     responses((status = 200, description = "The session and its messages", body = SessionMessages), (status = 400, description = "A parameter is wrong", body = ErrorBody), (status = 404, description = "No such session", body = ErrorBody)))]
@@ -251,13 +252,15 @@ pub async fn read_messages(
         limit: page.limit,
         after: page.before,
     };
-    let row = db
-        .session(session)
-        .await
-        .map_err(|error| missing(error, &id))?;
-    let messages = db
-        .messages(session, before.after()?, before.size()?)
-        .await?;
+    let (before, size) = (before.after()?, before.size()?);
+    let row = match db.session(session).await {
+        Ok(row) => row,
+        Err(StoreError::NotFound) => {
+            return Ok(Json(transcript(&db, session, before, size).await?));
+        }
+        Err(error) => return Err(error.into()),
+    };
+    let messages = db.messages(session, before, size).await?;
     Ok(Json(SessionMessages {
         session: row.into(),
         messages: views(messages)?,
@@ -333,7 +336,7 @@ pub async fn import_session(
         messages.extend(stored(index, message)?);
     }
     let imported = messages.len();
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     let session_id = tx
         .import_session(import.title.as_deref(), import.agent.as_deref(), &messages)
         .await?;
@@ -410,7 +413,7 @@ fn parse(id: &str) -> Result<Id<ids::Session>, ApiError> {
     id.parse().map_err(|_| ApiError::missing("Session", id))
 }
 
-fn missing(error: StoreError, id: &str) -> ApiError {
+pub(super) fn missing(error: StoreError, id: &str) -> ApiError {
     match error {
         StoreError::NotFound => ApiError::missing("Session", id),
         error => error.into(),
@@ -418,7 +421,7 @@ fn missing(error: StoreError, id: &str) -> ApiError {
 }
 
 /// The messages as the contract shows them: tool results stand with the calls they answer.
-fn views(rows: Vec<MessageRow>) -> Result<Vec<MessageView>, ApiError> {
+pub(super) fn views(rows: Vec<MessageRow>) -> Result<Vec<MessageView>, ApiError> {
     let mut views: Vec<MessageView> = Vec::with_capacity(rows.len());
     for row in rows {
         let message: Message = serde_json::from_value(row.body).map_err(|error| {

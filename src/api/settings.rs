@@ -28,7 +28,7 @@ pub async fn update_settings(
     Door(db): Door,
     Json(change): Json<Map<String, Value>>,
 ) -> Result<Json<Value>, ApiError> {
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     let mut body = tx.lock_settings().await?;
     for (setting, value) in &change {
         // A setting that does not exist is refused even if it is to be cleared.

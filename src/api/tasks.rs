@@ -678,7 +678,8 @@ pub async fn read_activity(
         .task(task_id(&id)?)
         .await
         .map_err(|error| refused(error.into(), &id))?;
-    let (run, entries) = match task.run {
+    let session = task.document.session;
+    let (run, entries) = match task.run.or(session.map(Id::from)) {
         Some(run) => (
             match db.run(run).await {
                 Ok(run) => json!({
@@ -692,8 +693,9 @@ pub async fn read_activity(
         ),
         None => (Value::Null, Vec::new()),
     };
+    let resolution = session.map_or("missing", |_| "explicit");
     Ok(Json(json!({
-        "task": task.view(), "run": run, "sessionId": null, "sessionResolution": "missing", "entries": entries,
+        "task": task.view(), "run": run, "sessionId": session, "sessionResolution": resolution, "entries": entries,
     })))
 }
 
@@ -726,7 +728,7 @@ const SECRET: [&str; 7] = [
 ];
 
 /// Hides what tools were given under names that sound secret (contract 2.4.2), in arguments that are JSON text too.
-fn redact(value: &mut Value) {
+pub(super) fn redact(value: &mut Value) {
     match value {
         Value::Array(items) => items.iter_mut().for_each(redact),
         Value::Object(members) => {

@@ -101,7 +101,7 @@ async fn rename(
 ) -> Result<Json<TeamView>, ApiError> {
     let name = change.name.as_deref().unwrap_or(old_name);
     check_name("name", name)?;
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     let row = tx
         .update_team(old_name, name, change.description.as_deref())
         .await
@@ -168,7 +168,7 @@ pub async fn create_team(
 ) -> Result<(StatusCode, Json<TeamView>), ApiError> {
     let name = new.name.as_deref().unwrap_or_default();
     check_name("name", name)?;
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     let row = tx
         .create_team(name, new.description.as_deref())
         .await
@@ -255,7 +255,7 @@ pub async fn delete_team(
     Door(db): Door,
     Path(name): Path<String>,
 ) -> Result<Json<Removed>, ApiError> {
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     if !tx
         .delete_team(&name)
         .await

@@ -259,7 +259,7 @@ pub async fn create_webhook(
     checked_events(&events)?;
     let id = Id::new();
     let (secret, sealed) = fresh_secret(&app, &db, id)?;
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     if tx.count_webhooks().await? >= MOST {
         return Err(ApiError::BadRequest {
             message: format!("A project has at most {MOST} webhooks. Delete one first."),
@@ -310,7 +310,7 @@ pub async fn update_webhook(
     if let Some(events) = &change.events {
         checked_events(events)?;
     }
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     let (url, events) = (change.url.as_deref(), change.events.as_deref());
     let changed = tx.update_webhook(webhook, url, events).await;
     found(changed, "Webhook", &id)?;
@@ -332,7 +332,7 @@ pub async fn delete_webhook(
     Path(id): Path<String>,
 ) -> Result<Json<Deleted>, ApiError> {
     let webhook = webhook_id(&id)?;
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     found(tx.delete_webhook(webhook).await, "Webhook", &id)?;
     tx.commit().await?;
     Ok(Json(Deleted { deleted: true }))
@@ -363,7 +363,7 @@ pub async fn rotate_secret(
     }
     let overlap = Duration::from_secs_f64(hours * 3600.0);
     let (secret, sealed) = fresh_secret(&app, &db, webhook)?;
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     let rotated = tx.rotate_secret(webhook, &sealed, overlap).await;
     let row = found(rotated, "Webhook", &id)?;
     tx.commit().await?;
@@ -480,7 +480,7 @@ pub async fn redeliver(
             "The webhook is disabled. Enable it first.".to_owned(),
         ));
     }
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     let again = tx.redeliver(webhook, wanted).await;
     found(again, "Delivery", &delivery)?;
     tx.commit().await?;

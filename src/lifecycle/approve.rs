@@ -86,7 +86,7 @@ pub async fn approve(
     by: &str,
     note: Option<&str>,
 ) -> std::result::Result<ApprovalRow, NotResolved> {
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     let task = task_of(&mut tx, db, id).await?;
     let row = resolve(&mut tx, db, id, "approved", by, note).await?;
     if let Some(mut task) = task {
@@ -169,7 +169,7 @@ pub async fn reject(
     by: &str,
     feedback: &str,
 ) -> std::result::Result<ApprovalRow, NotResolved> {
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     let task = task_of(&mut tx, db, id).await?;
     let row = resolve(&mut tx, db, id, "rejected", by, Some(feedback)).await?;
     let Some(mut task) = task else {

@@ -39,7 +39,7 @@ pub async fn create(db: &ProjectDb, new: NewTask) -> Result<Task> {
         }
         Err(error) => return Err(error.into()),
     };
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     let mut ids = Vec::new();
     for name in &new.document.depends_on {
         match tx.find_need(name).await {
@@ -81,9 +81,13 @@ pub async fn create(db: &ProjectDb, new: NewTask) -> Result<Task> {
             .iter()
             .any(|need| matches!(need.status, None | Some(Status::Failed)));
     let owed = waits && needs.iter().all(|need| need.status == Some(Status::Done));
-    tx.create_task(&mut task, &ids, owed)
-        .await
-        .map_err(|error| taken(error, &task.title))?;
+    if gated.is_none() && ids.is_empty() {
+        tx.create_task_last(&mut task, owed);
+    } else {
+        tx.create_task(&mut task, &ids, owed)
+            .await
+            .map_err(|error| taken(error, &task.title))?;
+    }
     if let Some(gate) = gated {
         request_approval(&mut tx, &mut task, &gate, Hook::TaskCreate).await?;
         tx.save_task(&mut task).await?;
@@ -93,7 +97,9 @@ pub async fn create(db: &ProjectDb, new: NewTask) -> Result<Task> {
     if let Some(pause) = next_look(&task, Utc::now()) {
         tx.enqueue(Job::Deadline(task.id), 1.0, pause).await?;
     }
-    tx.commit().await?;
+    tx.commit()
+        .await
+        .map_err(|error| taken(error, &task.title))?;
     Ok(task)
 }
 

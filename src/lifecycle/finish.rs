@@ -347,8 +347,7 @@ pub(super) async fn end_abruptly(
     // Before its run, like whoever records a step.
     tx.call_off(Job::Task(task.id)).await?;
     if let Some(run) = task.run.filter(|_| task.status().is_active()) {
-        tx.end_run(run, crate::store::RunStatus::Interrupted, None)
-            .await?;
+        tx.end_run(run, crate::store::RunStatus::Interrupted, None);
     }
     let before = task.document.result.take();
     let cause = (reason == EndReason::Error).then(|| sentence.to_owned());

@@ -67,7 +67,7 @@ async fn owe_if_ready(tx: &mut ProjectTx, task: &Task) -> Result<()> {
 /// # Errors
 /// 409 for a step that the machine does not have, and for new expectations while the task is worked on; an unknown agent.
 pub async fn update(db: &ProjectDb, id: Id<ids::Task>, change: TaskChange) -> Result<Task> {
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     let mut task = locked(&mut tx, id).await?;
     let requeues = change.assign_to.is_some() || change.priority.is_some();
     if let Some(agent) = change.assign_to {
@@ -180,7 +180,7 @@ async fn step(tx: &mut ProjectTx, db: &ProjectDb, task: &mut Task, to: Status) -
 /// # Errors
 /// 409 for anything but a draft.
 pub async fn queue(db: &ProjectDb, id: Id<ids::Task>) -> Result<Task> {
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     let mut task = locked(&mut tx, id).await?;
     if task.status() != Status::Draft {
         return Err(wrong_state(&task, "queued; only a draft can"));
@@ -220,7 +220,7 @@ pub async fn run(db: &ProjectDb, id: Id<ids::Task>) -> Result<Task> {
             result => result,
         },
         Status::Pending if task.held => {
-            let mut tx = db.begin().await?;
+            let mut tx = db.begin();
             let mut task = locked(&mut tx, id).await?;
             if task.held {
                 task.held = false;
@@ -241,7 +241,7 @@ pub async fn run(db: &ProjectDb, id: Id<ids::Task>) -> Result<Task> {
 /// # Errors
 /// 409 for a task that is neither pending nor worked on.
 pub async fn pause(db: &ProjectDb, id: Id<ids::Task>) -> Result<Task> {
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     let mut task = locked(&mut tx, id).await?;
     if task.status() != Status::Pending && !task.status().is_active() {
         return Err(wrong_state(&task, "paused"));
@@ -290,7 +290,7 @@ pub async fn force_fail(db: &ProjectDb, id: Id<ids::Task>, reason: Option<&str>)
 }
 
 async fn stop(db: &ProjectDb, id: Id<ids::Task>, sentence: String) -> Result<Task> {
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     let mut task = locked(&mut tx, id).await?;
     if !task.status().is_terminal() {
         end_abruptly(&mut tx, db, &mut task, EndReason::Killed, &sentence).await?;
@@ -304,7 +304,7 @@ async fn stop(db: &ProjectDb, id: Id<ids::Task>, sentence: String) -> Result<Tas
 /// # Errors
 /// 409 for anything but a failed task, and when its title is taken by now.
 pub async fn retry(db: &ProjectDb, id: Id<ids::Task>) -> Result<Task> {
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     let mut task = locked(&mut tx, id).await?;
     if task.status() != Status::Failed {
         return Err(wrong_state(&task, "retried; only a failed one can"));
@@ -334,7 +334,7 @@ pub(super) async fn begin_retry_by_hand(tx: &mut ProjectTx, task: &mut Task) -> 
 /// # Errors
 /// 409 while it is not finished; [`LifecycleError::Invalid`] when there is nothing to judge it by.
 pub async fn reassess(db: &ProjectDb, id: Id<ids::Task>) -> Result<()> {
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     let task = locked(&mut tx, id).await?;
     if !task.status().is_terminal() {
         return Err(wrong_state(&task, "reassessed; only a finished one can"));
@@ -382,7 +382,7 @@ async fn remove(
     filter: TaskFilter<'_>,
     only: Option<Id<ids::Task>>,
 ) -> Result<u64> {
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     let gone = tx.delete_tasks(filter, only).await?;
     for task in &gone {
         tx.emit(Event::new("task:removed", json!({"taskId": task.id})));

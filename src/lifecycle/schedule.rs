@@ -66,7 +66,7 @@ pub async fn set(
     mission: Id<ids::Mission>,
     new: NewSchedule,
 ) -> Result<ScheduleRow> {
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     let mut mission = tx.lock_mission(mission).await?;
     let schedule = put(&mut tx, &mut mission, new, Utc::now()).await?;
     tx.save_mission(&mut mission).await?;
@@ -194,7 +194,7 @@ pub async fn update(
     mission: Id<ids::Mission>,
     change: ScheduleChange,
 ) -> Result<ScheduleRow> {
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     let mut mission = tx.lock_mission(mission).await?;
     let schedule = self::change(&mut tx, &mut mission, change).await?;
     tx.save_mission(&mut mission).await?;
@@ -263,7 +263,7 @@ pub(super) async fn put_over(
 /// # Errors
 /// [`StoreError::NotFound`] when there is none.
 pub async fn delete(db: &ProjectDb, mission: Id<ids::Mission>) -> Result<()> {
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     let mut mission = tx.lock_mission(mission).await?;
     if tx.schedule_of(mission.id).await?.is_none() {
         return Err(StoreError::NotFound.into());
@@ -304,7 +304,7 @@ pub async fn fire(
     now: DateTime<Utc>,
 ) -> Result<Fired> {
     let db = &lease.db;
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     let mut mission = tx.lock_mission(mission).await?;
     let found = tx.schedule_of(mission.id).await?;
     let mut schedule = found
@@ -438,7 +438,7 @@ pub async fn skip_failed(
     sentence: &str,
     now: DateTime<Utc>,
 ) -> Result<()> {
-    let mut tx = lease.db.begin().await?;
+    let mut tx = lease.db.begin();
     let mut mission = tx.lock_mission(of).await?;
     let found = tx.schedule_of(mission.id).await?;
     let mut schedule = found

@@ -145,7 +145,7 @@ impl ProjectTx {
             new.team,
             Json(new.definition) as _
         )
-        .fetch_one(&mut *self.tx)
+        .fetch_one(self.open().await?)
         .await?;
         Ok(stored.into())
     }
@@ -155,6 +155,7 @@ impl ProjectTx {
     /// # Errors
     /// [`StoreError::NotFound`].
     pub async fn lock_agent(&mut self, name_or_id: &str) -> Result<AgentRow> {
+        self.write_kept_task().await?;
         let id = name_or_id.parse::<Id<Agent>>().ok().map(Id::uuid);
         let stored = sqlx::query_as!(
             Stored,
@@ -169,7 +170,7 @@ impl ProjectTx {
             name_or_id,
             id
         )
-        .fetch_one(&mut *self.tx)
+        .fetch_one(self.open().await?)
         .await?;
         Ok(stored.into())
     }
@@ -190,7 +191,7 @@ impl ProjectTx {
             new.team,
             Json(new.definition) as _
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         Ok(())
     }
@@ -213,7 +214,7 @@ impl ProjectTx {
             names_or_ids,
             &ids
         )
-        .fetch_all(&mut *self.tx)
+        .fetch_all(self.open().await?)
         .await?;
         Ok(rows
             .into_iter()
@@ -242,7 +243,7 @@ impl ProjectTx {
             place.mission.uuid(),
             place.run
         )
-        .fetch_all(&mut *self.tx)
+        .fetch_all(self.open().await?)
         .await?;
         Ok(stored.into_iter().map(AgentRow::from).collect())
     }
@@ -260,7 +261,7 @@ impl ProjectTx {
             self.db.project,
             agent
         )
-        .fetch_optional(&mut *self.tx)
+        .fetch_optional(self.open().await?)
         .await?)
     }
 
@@ -286,7 +287,7 @@ impl ProjectTx {
             team,
             Json(definition) as _
         )
-        .fetch_one(&mut *self.tx)
+        .fetch_one(self.open().await?)
         .await?;
         Ok(stored.into())
     }
@@ -303,7 +304,7 @@ impl ProjectTx {
             self.db.project,
             agent.id.uuid()
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         if deleted.rows_affected() == 0 {
             Err(StoreError::NotFound)

@@ -129,7 +129,7 @@ impl ProjectTx {
             new.timeout_action,
             new.max_revisions
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         Ok(())
     }
@@ -158,7 +158,7 @@ impl ProjectTx {
             by,
             note
         )
-        .fetch_optional(&mut *self.tx)
+        .fetch_optional(self.open().await?)
         .await?)
     }
 
@@ -180,7 +180,7 @@ impl ProjectTx {
             self.db.project,
             task.uuid()
         )
-        .fetch_all(&mut *self.tx)
+        .fetch_all(self.open().await?)
         .await?;
         Ok(gone.into_iter().map(Id::from).collect())
     }

@@ -202,7 +202,7 @@ impl ProjectTx {
                 barrier.barrier.name,
                 barrier.barrier.view()
             )
-            .execute(&mut *self.tx)
+            .execute(self.open().await?)
             .await?;
             sqlx::query!(
                 "with followed as (
@@ -214,7 +214,7 @@ impl ProjectTx {
                 &ids(&barrier.follows),
                 &ids(&barrier.holds)
             )
-            .execute(&mut *self.tx)
+            .execute(self.open().await?)
             .await?;
         }
         Ok(())
@@ -270,7 +270,7 @@ impl ProjectTx {
             place.run,
             moved.map(Id::uuid)
         )
-        .fetch_all(&mut *self.tx)
+        .fetch_all(self.open().await?)
         .await?;
         Ok(stored.into_iter().map(BarrierRow::from).collect())
     }
@@ -289,7 +289,7 @@ impl ProjectTx {
             self.db.project,
             id.uuid()
         )
-        .fetch_one(&mut *self.tx)
+        .fetch_one(self.open().await?)
         .await?;
         Ok(stored.into())
     }
@@ -310,7 +310,7 @@ impl ProjectTx {
             place.mission.uuid(),
             place.run
         )
-        .fetch_all(&mut *self.tx)
+        .fetch_all(self.open().await?)
         .await?;
         Ok(stored.into_iter().map(BarrierRow::from).collect())
     }
@@ -330,7 +330,7 @@ impl ProjectTx {
             place.run,
             task.uuid()
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         Ok(reopened.rows_affected())
     }
@@ -350,7 +350,7 @@ impl ProjectTx {
             barrier.reached_at.map(to_micros),
             barrier.expires_at.map(to_micros)
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         Ok(())
     }
@@ -365,7 +365,7 @@ impl ProjectTx {
             self.db.project,
             barrier.id.uuid()
         )
-        .fetch_all(&mut *self.tx)
+        .fetch_all(self.open().await?)
         .await?;
         self.wake_tasks_of_run(barrier.place, None, &freed).await
     }
@@ -387,7 +387,7 @@ impl ProjectTx {
             mission.uuid(),
             task.uuid()
         )
-        .fetch_one(&mut *self.tx)
+        .fetch_one(self.open().await?)
         .await?)
     }
 
@@ -401,7 +401,7 @@ impl ProjectTx {
             self.db.project,
             task.uuid()
         )
-        .fetch_one(&mut *self.tx)
+        .fetch_one(self.open().await?)
         .await?)
     }
 
@@ -421,7 +421,7 @@ impl ProjectTx {
             self.db.project,
             barrier.uuid()
         )
-        .fetch_all(&mut *self.tx)
+        .fetch_all(self.open().await?)
         .await?;
         Ok(stored
             .into_iter()
@@ -445,7 +445,7 @@ impl ProjectTx {
             place.mission.uuid(),
             place.run
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         Ok(())
     }

@@ -470,7 +470,7 @@ impl ProjectTx {
             webhook.uuid(),
             id.uuid()
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         if touched.rows_affected() == 0 {
             Err(StoreError::NotFound)

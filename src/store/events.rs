@@ -5,10 +5,11 @@ use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
+use sqlx::PgConnection;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use uuid::Uuid;
 
-use super::{Db, ProjectDb, ProjectTx, Result, World, to_micros};
+use super::{Db, ProjectDb, ProjectTx, Result, Topic, World, to_micros};
 use crate::event::Event;
 
 /// An event as it is stored.
@@ -168,13 +169,15 @@ impl ProjectDb {
 }
 
 impl ProjectTx {
-    /// Stores the events gathered so far. From here to the commit no other transaction of the project can.
-    pub(super) async fn append_events(&mut self) -> Result<()> {
-        let events = EventColumns::new(std::mem::take(&mut self.events));
+    /// Stores events. From here to the commit no other transaction of the project can.
+    pub(super) async fn append(
+        &self,
+        connection: &mut PgConnection,
+        events: &EventColumns,
+    ) -> Result<()> {
         if events.names.is_empty() {
             return Ok(());
         }
-        self.tells = true;
         sqlx::query!(
             "with head as (
                 insert into event_heads (project_id, last) values ($1, $2)
@@ -190,8 +193,78 @@ impl ProjectTx {
             &events.payloads,
             events.at
         )
-        .execute(&mut *self.tx)
+        .execute(connection)
         .await?;
+        Ok(())
+    }
+}
+
+/// Chat turns whose events go into the log in one commit.
+const TOGETHER: i64 = 500;
+
+impl ProjectDb {
+    /// Puts the events that chat turns have left (`untold`) into the log, at most [`TOGETHER`] turns'; says whether there may be more.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub(super) async fn tell_untold(&self) -> Result<bool> {
+        let mut tx = self.pool.begin().await?;
+        let turn = self.turn_at_the_log().await;
+        // The head first and by itself: a turn that another process is moving is in the log, or not there, once it is ours. Of two turns of a
+        // session whoever sees the later sees the earlier.
+        sqlx::query!(
+            "insert into event_heads (project_id, last) values ($1, 0)
+            on conflict (project_id) do update set last = event_heads.last",
+            self.project
+        )
+        .execute(&mut *tx)
+        .await?;
+        let told = sqlx::query_scalar!(
+            r#"with gone as (
+                delete from untold
+                where project_id = $1 and id in (select id from untold where project_id = $1 order by id limit $2)
+                returning id, names, payloads, at
+            ), told as (
+                select row_number() over (order by g.id, e.number) as number, e.name, e.payload, g.at
+                from gone g cross join unnest(g.names, g.payloads) with ordinality as e (name, payload, number)
+            ), head as (
+                update event_heads set last = last + (select count(*) from told)
+                where project_id = $1
+                returning last - (select count(*) from told) as before
+            ), written as (
+                insert into events (project_id, seq, name, payload, at)
+                select $1, head.before + told.number, told.name, told.payload, told.at
+                from head cross join told
+            )
+            select count(*) as "count!" from gone"#,
+            self.project,
+            TOGETHER
+        )
+        .fetch_one(&mut *tx)
+        .await?;
+        tx.commit().await?;
+        drop(turn);
+        if told > 0 {
+            self.bell.ring(Topic::Events(self.world, self.project));
+        }
+        Ok(told >= TOGETHER)
+    }
+}
+
+impl Db {
+    /// Puts into the log what a process has left untold that is gone by now.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn tell_left_untold(&self, world: World) -> Result<()> {
+        let left = sqlx::query_scalar!(
+            "select distinct project_id from untold where at < clock_timestamp() - interval '2 seconds' order by project_id limit 1000"
+        )
+        .fetch_all(self.world(world))
+        .await?;
+        for project in left {
+            while self.project(project, world).tell_untold().await? {}
+        }
         Ok(())
     }
 }

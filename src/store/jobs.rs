@@ -162,6 +162,12 @@ pub struct Claimed {
     pub cursor: Uuid,
 }
 
+/// The job of a lane that comes due first.
+struct FirstDue {
+    at: Option<DateTime<Utc>>,
+    is_due: bool,
+}
+
 /// A process that claims jobs, by the advisory lock that it holds while it lives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Holder(i64);
@@ -196,6 +202,10 @@ impl Db {
     /// # Errors
     /// When the database cannot be reached.
     pub async fn ready_due_jobs(&self, world: World, lane: Lane) -> Result<Option<DateTime<Utc>>> {
+        let first = self.first_due(world, lane).await?;
+        if !first.is_due {
+            return Ok(first.at);
+        }
         sqlx::query!(
             "update jobs set ready = true, holder = null
             where not ready and due_at <= clock_timestamp() and lane = $1",
@@ -203,8 +213,16 @@ impl Db {
         )
         .execute(self.claims(world))
         .await?;
-        Ok(sqlx::query_scalar!(
-            "select min(due_at) from jobs where not ready and due_at < 'infinity' and lane = $1",
+        Ok(self.first_due(world, lane).await?.at)
+    }
+
+    /// Asked by itself, and not by the update that makes ready: this one walks the index in its order and leaves marks on entries whose jobs
+    /// are gone, so that the next walk is short. The update would visit them all each time, until a vacuum takes them away.
+    async fn first_due(&self, world: World, lane: Lane) -> Result<FirstDue> {
+        Ok(sqlx::query_as!(
+            FirstDue,
+            r#"select min(due_at) as at, coalesce(min(due_at) <= clock_timestamp(), false) as "is_due!"
+            from jobs where not ready and due_at < 'infinity' and lane = $1"#,
             lane.number()
         )
         .fetch_one(self.claims(world))
@@ -458,6 +476,10 @@ impl ProjectTx {
     /// # Errors
     /// When the database refuses.
     pub async fn enqueue(&mut self, job: Job, priority: f64, after: Duration) -> Result<()> {
+        if self.is_fenced_by(job) {
+            self.closing.done = false;
+            self.fenced = None;
+        }
         let (kind, subject) = job.columns();
         sqlx::query!(
             "insert into jobs (project_id, kind, subject, priority, ready, due_at, lease, lane)
@@ -472,10 +494,15 @@ impl ProjectTx {
             seconds(after),
             job.lane().number()
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         self.rings(job.lane());
         Ok(())
+    }
+
+    /// Whether the job's row is locked, under a lease.
+    fn is_fenced_by(&self, job: Job) -> bool {
+        self.fenced.is_some_and(|(fence, _)| fence == job)
     }
 
     /// There is work in a lane that was not there before.
@@ -492,6 +519,11 @@ impl ProjectTx {
     /// # Errors
     /// When the database refuses.
     pub async fn call_off(&mut self, job: Job) -> Result<()> {
+        self.called_off.push(job);
+        if self.is_fenced_by(job) {
+            self.closing.done = true;
+            return Ok(());
+        }
         let (kind, subject) = job.columns();
         sqlx::query!(
             "delete from jobs where project_id = $1 and kind = $2 and subject = $3",
@@ -499,10 +531,14 @@ impl ProjectTx {
             kind,
             subject
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
-        self.called_off.push(job);
         Ok(())
+    }
+
+    /// A job that was called off in this very change is nobody's. Even if it was owed again since, it is another claim's.
+    fn is_still_owed(&self, lease: &Lease) -> Result<()> {
+        held(u64::from(!self.called_off.contains(&lease.job)))
     }
 
     /// Keeps a lease for longer, if much of it is used up. First in a transaction, it fences all that follows.
@@ -510,6 +546,7 @@ impl ProjectTx {
     /// # Errors
     /// [`StoreError::LeaseLost`].
     pub async fn extend(&mut self, lease: &Lease) -> Result<()> {
+        self.is_still_owed(lease)?;
         let (kind, subject) = lease.job.columns();
         // Locked rather than updated: most transactions end with the job's deletion, and a new version of its row costs an
         // entry in every index.
@@ -532,9 +569,11 @@ impl ProjectTx {
             seconds(LEASE),
             seconds(LONG_ENOUGH)
         )
-        .fetch_one(&mut *self.tx)
+        .fetch_one(self.open().await?)
         .await?;
-        held(kept.unsigned_abs())
+        held(kept.unsigned_abs())?;
+        self.fenced = Some((lease.job, lease.number));
+        Ok(())
     }
 
     /// The job is done.
@@ -542,9 +581,10 @@ impl ProjectTx {
     /// # Errors
     /// [`StoreError::LeaseLost`].
     pub async fn complete(&mut self, lease: &Lease) -> Result<()> {
-        // Even if it was owed again since, it is another claim's.
-        if self.called_off.contains(&lease.job) {
-            return Err(StoreError::LeaseLost);
+        self.is_still_owed(lease)?;
+        if self.fenced == Some((lease.job, lease.number)) {
+            self.closing.done = true;
+            return Ok(());
         }
         let (kind, subject) = lease.job.columns();
         let done = sqlx::query!(
@@ -554,7 +594,7 @@ impl ProjectTx {
             subject,
             lease.number
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         held(done.rows_affected())
     }
@@ -564,6 +604,7 @@ impl ProjectTx {
     /// # Errors
     /// [`StoreError::LeaseLost`].
     pub async fn put_off(&mut self, lease: &Lease, after: Duration) -> Result<()> {
+        self.is_still_owed(lease)?;
         let (kind, subject) = lease.job.columns();
         let done = sqlx::query!(
             "update jobs
@@ -576,7 +617,7 @@ impl ProjectTx {
             lease.number,
             seconds(after)
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         self.rings(lease.job.lane());
         held(done.rows_affected())
@@ -587,6 +628,7 @@ impl ProjectTx {
     /// # Errors
     /// [`StoreError::LeaseLost`].
     pub async fn park(&mut self, lease: &Lease, whose: &str) -> Result<()> {
+        self.is_still_owed(lease)?;
         let (kind, subject) = lease.job.columns();
         let done = sqlx::query!(
             "update jobs set ready = false, due_at = 'infinity', holder = null, lease = nextval('leases'), parked_on = $5
@@ -597,7 +639,7 @@ impl ProjectTx {
             lease.number,
             whose
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         held(done.rows_affected())
     }
@@ -616,7 +658,7 @@ impl ProjectTx {
             task.uuid(),
             priority
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         self.rings_jobs |= woken.rows_affected() > 0;
         Ok(())
@@ -639,7 +681,7 @@ impl ProjectTx {
             self.db.project,
             SWITCHED_OFF
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         self.rings_jobs |= woken.rows_affected() > 0;
         Ok(())
@@ -674,7 +716,7 @@ impl ProjectTx {
             whose,
             places
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         self.rings_jobs |= woken.rows_affected() > 0;
         Ok(())
@@ -687,7 +729,7 @@ impl ProjectDb {
     /// # Errors
     /// When the database refuses.
     pub async fn wake_resumed(&self) -> Result<()> {
-        let mut tx = self.begin().await?;
+        let mut tx = self.begin();
         tx.unpark(SUSPENDED, i64::MAX).await?;
         for lane in Lane::ALL {
             tx.rings(lane);
@@ -701,7 +743,7 @@ impl ProjectDb {
     /// # Errors
     /// When the database cannot be reached; then the lease runs out.
     pub async fn hand_over(&self, lease: &Lease, between_steps: Option<Id<Run>>) -> Result<()> {
-        let mut tx = self.begin().await?;
+        let mut tx = self.begin();
         match tx.put_off(lease, Duration::ZERO).await {
             Ok(()) => {
                 if let Some(run) = between_steps {

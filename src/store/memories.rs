@@ -113,7 +113,7 @@ impl ProjectTx {
             owner.column(),
             content
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         Ok(())
     }
@@ -137,7 +137,7 @@ impl ProjectTx {
             owner.column(),
             line
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         Ok(())
     }
@@ -164,7 +164,7 @@ impl ProjectTx {
             find,
             with
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         if replaced.rows_affected() == 0 {
             Err(StoreError::NotFound)

@@ -313,7 +313,7 @@ impl ProjectTx {
             place.mission.uuid(),
             place.run
         )
-        .fetch_one(&mut *self.tx)
+        .fetch_one(self.open().await?)
         .await?;
         Ok(stored.into())
     }
@@ -330,7 +330,7 @@ impl ProjectTx {
             place.mission.uuid(),
             place.run
         )
-        .fetch_one(&mut *self.tx)
+        .fetch_one(self.open().await?)
         .await?;
         Ok(usize::try_from(pending).unwrap_or_default())
     }
@@ -365,7 +365,7 @@ impl ProjectTx {
             new.deadline,
             to_micros(new.started_at)
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         Ok(())
     }
@@ -386,7 +386,7 @@ impl ProjectTx {
             place.mission.uuid(),
             place.run
         )
-        .fetch_one(&mut *self.tx)
+        .fetch_one(self.open().await?)
         .await?;
         Ok(stored.into())
     }
@@ -402,7 +402,7 @@ impl ProjectTx {
             place.mission.uuid(),
             place.run
         )
-        .fetch_one(&mut *self.tx)
+        .fetch_one(self.open().await?)
         .await?)
     }
 
@@ -428,7 +428,7 @@ impl ProjectTx {
             run.report,
             run.deadline
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         Ok(())
     }
@@ -491,7 +491,7 @@ impl ProjectTx {
             &owed,
             &priorities
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         let (dependents, needed): (Vec<Uuid>, Vec<Uuid>) = needs
             .iter()
@@ -505,7 +505,7 @@ impl ProjectTx {
             &dependents,
             &needed
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         }
         self.rings_jobs |= !owed.is_empty();
@@ -560,7 +560,7 @@ impl ProjectTx {
             ended.map(Id::uuid),
             freed
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         self.rings_jobs |= owed.rows_affected() > 0;
         Ok(())
@@ -598,7 +598,7 @@ impl ProjectTx {
             place.run,
             ended.uuid()
         )
-        .fetch_one(&mut *self.tx)
+        .fetch_one(self.open().await?)
         .await?)
     }
 
@@ -616,7 +616,7 @@ impl ProjectTx {
             place.mission.uuid(),
             place.run
         )
-        .fetch_one(&mut *self.tx)
+        .fetch_one(self.open().await?)
         .await?)
     }
 
@@ -632,7 +632,7 @@ impl ProjectTx {
             place.mission.uuid(),
             place.run
         )
-        .fetch_one(&mut *self.tx)
+        .fetch_one(self.open().await?)
         .await?;
         Ok(usize::try_from(count).unwrap_or_default())
     }
@@ -653,7 +653,7 @@ impl ProjectTx {
             place.mission.uuid(),
             place.run
         )
-        .fetch_all(&mut *self.tx)
+        .fetch_all(self.open().await?)
         .await?;
         Ok(stored.into_iter().map(StoredTask::into_task).collect())
     }
@@ -676,7 +676,7 @@ impl ProjectTx {
             place.run,
             failed
         )
-        .fetch_all(&mut *self.tx)
+        .fetch_all(self.open().await?)
         .await?;
         Ok(stored.into_iter().map(StoredTask::into_task).collect())
     }
@@ -705,7 +705,7 @@ impl ProjectTx {
             &documents as _,
             at
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         sqlx::query!(
             "with stopped as (
@@ -716,7 +716,7 @@ impl ProjectTx {
             self.db.project,
             &ids
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         for task in tasks {
             self.events.append(&mut task.take_events());
@@ -737,7 +737,7 @@ impl ProjectTx {
             self.db.project,
             parked
         )
-        .fetch_one(&mut *self.tx)
+        .fetch_one(self.open().await?)
         .await?;
         if left {
             self.left_parked.push(mission);

@@ -186,7 +186,7 @@ impl ProjectTx {
             mission.execution_count,
             mission.created_at
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         self.events.append(&mut mission.take_events());
         Ok(())
@@ -203,7 +203,7 @@ impl ProjectTx {
             self.db.project,
             base
         )
-        .fetch_one(&mut *self.tx)
+        .fetch_one(self.open().await?)
         .await?;
         let number = sqlx::query_scalar!(
             r#"select case
@@ -216,7 +216,7 @@ impl ProjectTx {
             self.db.project,
             base
         )
-        .fetch_one(&mut *self.tx)
+        .fetch_one(self.open().await?)
         .await?;
         Ok(number.map_or_else(|| base.to_owned(), |number| format!("{base}-{number}")))
     }
@@ -234,7 +234,7 @@ impl ProjectTx {
             self.db.project,
             id.uuid()
         )
-        .fetch_one(&mut *self.tx)
+        .fetch_one(self.open().await?)
         .await?;
         Ok(stored.into_mission())
     }
@@ -251,7 +251,7 @@ impl ProjectTx {
             self.db.project,
             id.uuid()
         )
-        .fetch_one(&mut *self.tx)
+        .fetch_one(self.open().await?)
         .await?;
         Ok(stored.into_mission())
     }
@@ -266,7 +266,7 @@ impl ProjectTx {
             self.db.project,
             id.uuid()
         )
-        .fetch_one(&mut *self.tx)
+        .fetch_one(self.open().await?)
         .await?;
         if status != Status::Paused.as_str() {
             return Ok(false);
@@ -276,7 +276,7 @@ impl ProjectTx {
             self.db.project,
             id.uuid()
         )
-        .fetch_one(&mut *self.tx)
+        .fetch_one(self.open().await?)
         .await?;
         Ok(status == Status::Paused.as_str())
     }
@@ -291,7 +291,7 @@ impl ProjectTx {
             self.db.project,
             id.uuid()
         )
-        .fetch_one(&mut *self.tx)
+        .fetch_one(self.open().await?)
         .await?;
         Ok(definition.0)
     }
@@ -313,7 +313,7 @@ impl ProjectTx {
             mission.execution_count,
             mission.updated_at
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         self.events.append(&mut mission.take_events());
         Ok(())
@@ -334,7 +334,7 @@ impl ProjectTx {
             mission.uuid(),
             Json(document.members()) as _
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         Ok(())
     }
@@ -353,14 +353,14 @@ impl ProjectTx {
             self.db.project,
             mission.uuid()
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         sqlx::query!(
             "delete from missions where project_id = $1 and id = $2",
             self.db.project,
             mission.uuid()
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         Ok(())
     }

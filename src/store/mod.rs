@@ -10,7 +10,7 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
-use sqlx::{Executor, PgPool};
+use sqlx::{Executor, PgConnection, PgPool};
 use uuid::Uuid;
 
 use crate::event::Event;
@@ -19,6 +19,7 @@ use crate::ids::{Id, Mission};
 mod agents;
 mod approvals;
 mod barriers;
+mod closing;
 mod credentials;
 mod deliveries;
 mod events;
@@ -45,6 +46,7 @@ mod webhooks;
 pub use agents::{AgentRow, NewAgent};
 pub use approvals::{ApprovalRow, NewApproval};
 pub use barriers::{BarrierRow, BarrierState, NewBarrier};
+use closing::Closing;
 pub use credentials::{CredentialRow, SealedCredential};
 pub use deliveries::{
     AttemptRow, DeliveryFilter, DeliveryRow, Health, NewAttempt, NewDelivery, Route,
@@ -62,7 +64,7 @@ pub use missions::MissionRow;
 pub use organizations::OrganizationRow;
 pub use playbooks::PlaybookSummary;
 pub use projects::{ProjectRow, ProjectStatus};
-pub use runs::{NewStep, ProcessRow, RunRow, StepKind, StepRow, Words};
+pub use runs::{NewStep, ProcessRow, RunRow, StepKind, StepRow, TranscriptRow, Words};
 pub use schedules::ScheduleRow;
 pub use sessions::{MessageRow, NewMessage, SessionFilter, SessionRow};
 pub use tasks::{DeletedTask, Need, NeedResult, TaskFilter, storable};
@@ -311,14 +313,14 @@ impl ProjectDb {
         self.world
     }
 
-    /// Begins a change. Everything done through it commits together or not at all.
-    ///
-    /// # Errors
-    /// [`StoreError::Unavailable`] when no connection is to be had.
-    pub async fn begin(&self) -> Result<ProjectTx> {
-        Ok(ProjectTx {
-            tx: self.pool.begin().await?,
+    /// A change. Everything done through it commits together or not at all. Its transaction begins with the first statement, so
+    /// that a change of one statement needs none.
+    pub fn begin(&self) -> ProjectTx {
+        ProjectTx {
+            tx: None,
             db: self.clone(),
+            closing: Closing::default(),
+            fenced: None,
             events: Vec::new(),
             called_off: Vec::new(),
             left_parked: Vec::new(),
@@ -329,15 +331,19 @@ impl ProjectDb {
             rings_couriers: false,
             rings_timers: false,
             changes: false,
-        })
+        }
     }
 }
 
 /// A change to one project.
 #[derive(Debug)]
 pub struct ProjectTx {
-    tx: sqlx::Transaction<'static, sqlx::Postgres>,
+    tx: Option<sqlx::Transaction<'static, sqlx::Postgres>>,
     db: ProjectDb,
+    /// What is written last, with the events.
+    closing: Closing,
+    /// The job and its lease that fence this change: its row is locked.
+    fenced: Option<(Job, i64)>,
     /// What the commit tells.
     events: Vec<Event>,
     /// Jobs that are owed no longer.
@@ -361,6 +367,20 @@ pub struct ProjectTx {
 }
 
 impl ProjectTx {
+    /// The transaction's connection; the transaction begins if it has not.
+    async fn open(&mut self) -> Result<&mut PgConnection> {
+        let tx = self.begun().await?;
+        Ok(self.tx.insert(tx))
+    }
+
+    /// The transaction, to be kept or committed.
+    async fn begun(&mut self) -> Result<sqlx::Transaction<'static, sqlx::Postgres>> {
+        match self.tx.take() {
+            Some(tx) => Ok(tx),
+            None => Ok(self.db.pool.begin().await?),
+        }
+    }
+
     /// Commits with the events gathered, forgets what this process knew of the project if that has changed
     /// (other processes follow from the `changes` row), and wakes whoever waits for what is committed.
     ///
@@ -372,19 +392,13 @@ impl ProjectTx {
                 "insert into changes (project_id) values ($1)",
                 self.db.project
             )
-            .execute(&mut *self.tx)
+            .execute(self.open().await?)
             .await?;
         }
-        let turn = match self.events.is_empty() {
-            true => None,
-            false => self.db.turn_at_the_log().await,
-        };
-        self.append_events().await?;
+        self.close().await?;
         let topics: Vec<Topic> = self.topics().collect();
         let changed = std::mem::take(&mut self.changed);
         let left_parked = std::mem::take(&mut self.left_parked);
-        self.tx.commit().await?;
-        drop(turn);
         if self.changes {
             self.db.warm.forget(self.db.project);
         }

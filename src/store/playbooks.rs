@@ -65,7 +65,7 @@ impl ProjectTx {
             r#"select pg_advisory_xact_lock(hashtextextended($1, 0))::text as "locked""#,
             format!("playbooks of {}", self.db.project)
         )
-        .fetch_one(&mut *self.tx)
+        .fetch_one(self.open().await?)
         .await?;
         let saved = sqlx::query!(
             "insert into playbooks (project_id, name, body)
@@ -77,7 +77,7 @@ impl ProjectTx {
             Json(body) as _,
             most
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         Ok(saved.rows_affected() > 0)
     }
@@ -92,7 +92,7 @@ impl ProjectTx {
             self.db.project,
             name
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         if deleted.rows_affected() == 0 {
             Err(StoreError::NotFound)

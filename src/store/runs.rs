@@ -4,6 +4,7 @@ use chrono::{DateTime, Utc};
 use serde_json::Value;
 use uuid::Uuid;
 
+use super::closing::{BegunRun, EndedRun, LastStep};
 use super::events::EventColumns;
 use super::jobs::{LEASE, LONG_ENOUGH, held};
 use super::{CallUsage, Lease, ProjectDb, ProjectTx, Result, RunStatus, Topic, to_micros};
@@ -83,6 +84,21 @@ pub struct Words {
     pub step: i32,
     /// The text so far.
     pub text: String,
+}
+
+/// A task's run as something that was said.
+#[derive(Debug, Clone)]
+pub struct TranscriptRow {
+    /// Whose it is.
+    pub task: Id<ids::Task>,
+    /// What that is called.
+    pub title: String,
+    /// Who worked on it, if the agent is still there.
+    pub agent: Option<String>,
+    /// What the agent was told.
+    pub said: Option<String>,
+    /// When it began.
+    pub started_at: DateTime<Utc>,
 }
 
 /// A run of a task.
@@ -251,6 +267,25 @@ impl ProjectDb {
         Ok(sqlx::query_as!(
             RunRow,
             "select id, under_way, status, started_at, ended_at from runs where project_id = $1 and id = $2",
+            self.project,
+            run.uuid()
+        )
+        .fetch_one(&self.pool)
+        .await?)
+    }
+
+    /// A task's run, to be shown as a conversation.
+    ///
+    /// # Errors
+    /// [`super::StoreError::NotFound`]; a chat turn's run is none.
+    pub async fn transcript(&self, run: Id<Run>) -> Result<TranscriptRow> {
+        Ok(sqlx::query_as!(
+            TranscriptRow,
+            r#"select t.id as task, t.title, a.name as "agent?", r.said, r.started_at
+            from runs r
+            join tasks t on t.project_id = r.project_id and t.id = r.task_id
+            left join agents a on a.project_id = r.project_id and a.id = r.agent_id
+            where r.project_id = $1 and r.id = $2"#,
             self.project,
             run.uuid()
         )
@@ -444,45 +479,38 @@ impl ProjectDb {
 }
 
 impl ProjectTx {
-    /// Begins a run of a task.
-    ///
-    /// # Errors
-    /// When the database refuses.
-    pub async fn begin_run(
+    /// Begins a run of a task, whose agent is told `said`. Written with the commit.
+    pub fn begin_run(
         &mut self,
         run: Id<Run>,
         task: Id<ids::Task>,
         agent: Id<Agent>,
+        said: &str,
         at: DateTime<Utc>,
-    ) -> Result<()> {
-        sqlx::query!(
-            "insert into runs (project_id, id, task_id, agent_id, status, started_at, started_by)
-            values ($1, $2, $3, $4, 'running', $5, $6)",
-            self.db.project,
-            run.uuid(),
-            task.uuid(),
-            agent.uuid(),
-            to_micros(at),
-            i64::from(std::process::id())
-        )
-        .execute(&mut *self.tx)
-        .await?;
-        Ok(())
+    ) {
+        self.closing.begun = Some(Box::new(BegunRun {
+            id: run.uuid(),
+            task: task.uuid(),
+            agent: agent.uuid(),
+            said: said.to_owned(),
+            at: to_micros(at),
+        }));
     }
 
-    /// A run that was paused goes on; its time begins anew.
+    /// A run that was paused goes on, with what its agent is told now; its time begins anew.
     ///
     /// # Errors
     /// When the database refuses.
-    pub async fn go_on_with_run(&mut self, run: Id<Run>) -> Result<()> {
+    pub async fn go_on_with_run(&mut self, run: Id<Run>, said: &str) -> Result<()> {
         sqlx::query!(
-            "update runs set status = 'running', ended_at = null, started_at = clock_timestamp(), started_by = $3
+            "update runs set status = 'running', ended_at = null, started_at = clock_timestamp(), started_by = $3, said = $4
             where project_id = $1 and id = $2",
             self.db.project,
             run.uuid(),
-            i64::from(std::process::id())
+            i64::from(std::process::id()),
+            said
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         Ok(())
     }
@@ -498,7 +526,7 @@ impl ProjectTx {
             run.uuid(),
             i64::from(std::process::id())
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         Ok(())
     }
@@ -513,55 +541,23 @@ impl ProjectTx {
             self.db.project,
             run.uuid()
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         Ok(())
     }
 
-    /// Ends a run, with its last step if that is not recorded yet.
-    ///
-    /// # Errors
-    /// When the database refuses.
-    pub async fn end_run(
-        &mut self,
-        run: Id<Run>,
-        status: RunStatus,
-        last: Option<&NewStep<'_>>,
-    ) -> Result<()> {
-        let usage = last.and_then(|step| step.usage);
-        let tokens = |count: fn(&CallUsage) -> u64| {
-            usage.map(|usage| i64::try_from(count(usage)).unwrap_or(i64::MAX))
-        };
-        sqlx::query!(
-            "with ended as (
-                update runs set status = $3, ended_at = clock_timestamp(), under_way = null
-                where project_id = $1 and id = $2
-                returning task_id
-            ), spoken as (
-                delete from words using ended where words.project_id = $1 and words.task_id = ended.task_id
-            ), stepped as (
-                insert into steps (project_id, run_id, number, kind, body, created_at)
-                select $1, $2, $4, $5, $6, clock_timestamp() from ended where $4::int is not null
-            )
-            insert into model_calls (project_id, run_id, number, id, model, prompt_tokens, completion_tokens,
-                                     cached_tokens, reasoning_tokens, estimated)
-            select $1, $2, $4, $7, $8, $9, $10, $11, $12, $13 from ended where $8::text is not null",
-            self.db.project,
-            run.uuid(),
-            status.as_str(),
-            last.map(|step| step.number),
-            last.map(|step| step.kind.as_str()),
-            last.map(|step| step.body),
-            Uuid::now_v7(),
-            usage.map(|usage| usage.model.as_str()),
-            tokens(|usage| usage.prompt_tokens),
-            tokens(|usage| usage.completion_tokens),
-            tokens(|usage| usage.cached_tokens),
-            tokens(|usage| usage.reasoning_tokens),
-            usage.map(|usage| usage.estimated)
-        )
-        .execute(&mut *self.tx)
-        .await?;
-        Ok(())
+    /// Ends a run, with its last step if that is not recorded yet. Written with the commit.
+    pub fn end_run(&mut self, run: Id<Run>, status: RunStatus, last: Option<&NewStep<'_>>) {
+        let last = last.map(|step| LastStep {
+            number: step.number,
+            kind: step.kind.as_str(),
+            body: step.body.clone(),
+            usage: step.usage.cloned(),
+        });
+        self.closing.ended = Some(Box::new(EndedRun {
+            id: run.uuid(),
+            status: status.as_str(),
+            last,
+        }));
     }
 }

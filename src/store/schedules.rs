@@ -192,7 +192,7 @@ impl ProjectTx {
             self.db.project,
             mission.uuid()
         )
-        .fetch_optional(&mut *self.tx)
+        .fetch_optional(self.open().await?)
         .await?;
         Ok(stored.map(ScheduleRow::from))
     }
@@ -230,7 +230,7 @@ impl ProjectTx {
             schedule.next_run_at,
             schedule.created_at
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         Ok(())
     }
@@ -245,7 +245,7 @@ impl ProjectTx {
             self.db.project,
             mission.uuid()
         )
-        .fetch_optional(&mut *self.tx)
+        .fetch_optional(self.open().await?)
         .await?;
         if let Some(id) = deleted {
             self.call_off(Job::Schedule(id.into())).await?;

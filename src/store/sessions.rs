@@ -1,11 +1,12 @@
 //! Sessions: conversations with an agent, and their messages.
 
 use chrono::{DateTime, Utc};
-use serde_json::Value;
+use serde_json::{Value, json};
 use sqlx::types::Json;
 use uuid::Uuid;
 
 use super::{ProjectDb, ProjectTx, Result, StoreError, to_micros};
+use crate::event::Event;
 use crate::ids::{self, Id};
 
 /// A conversation.
@@ -255,7 +256,7 @@ impl ProjectTx {
             count,
             now
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         let ids: Vec<Uuid> = messages
             .iter()
@@ -277,8 +278,15 @@ impl ProjectTx {
             &bodies as _,
             &times
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
+        let mut told = json!({"sessionId": id, "messageCount": count});
+        for (key, value) in [("title", title), ("agent", agent)] {
+            if let Some(value) = value {
+                told[key] = json!(value);
+            }
+        }
+        self.emit(Event::new("session:created", told));
         Ok(id)
     }
 }

@@ -41,17 +41,18 @@ impl ProjectTx {
     /// # Errors
     /// When the database cannot be reached.
     pub async fn lock_settings(&mut self) -> Result<Map<String, Value>> {
+        self.write_kept_task().await?;
         sqlx::query!(
             "insert into settings (project_id, body) values ($1, '{}') on conflict (project_id) do nothing",
             self.db.project
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         let body = sqlx::query_scalar!(
             r#"select body as "body: Json<Map<String, Value>>" from settings where project_id = $1 for update"#,
             self.db.project
         )
-        .fetch_one(&mut *self.tx)
+        .fetch_one(self.open().await?)
         .await?;
         Ok(body.0)
     }
@@ -67,7 +68,7 @@ impl ProjectTx {
             self.db.project,
             Json(body) as _
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         Ok(())
     }

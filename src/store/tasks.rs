@@ -5,6 +5,7 @@ use serde_json::Value;
 use sqlx::types::Json;
 use uuid::Uuid;
 
+use super::closing::TaskColumns;
 use super::jobs::{LONG_ENOUGH, held};
 use super::{Job, LEASE, Lease, ProjectDb, ProjectTx, Result, StoreError, Topic, to_micros};
 use crate::event::Event;
@@ -220,7 +221,7 @@ impl ProjectTx {
                 self.db.project,
                 id.uuid()
             )
-            .fetch_optional(&mut *self.tx)
+            .fetch_optional(self.open().await?)
             .await?;
             if let Some(found) = found {
                 return Ok(found.into());
@@ -232,7 +233,7 @@ impl ProjectTx {
             self.db.project,
             id_or_title
         )
-        .fetch_optional(&mut *self.tx)
+        .fetch_optional(self.open().await?)
         .await?;
         if let Some(found) = unfinished {
             return Ok(found.into());
@@ -245,7 +246,7 @@ impl ProjectTx {
             self.db.project,
             id_or_title
         )
-        .fetch_one(&mut *self.tx)
+        .fetch_one(self.open().await?)
         .await?;
         Ok(finished.into())
     }
@@ -262,7 +263,7 @@ impl ProjectTx {
             self.db.project,
             &ids
         )
-        .fetch_all(&mut *self.tx)
+        .fetch_all(self.open().await?)
         .await?;
         let mut held: Vec<Need> = rows
             .into_iter()
@@ -296,7 +297,7 @@ impl ProjectTx {
             self.db.project,
             title
         )
-        .fetch_one(&mut *self.tx)
+        .fetch_one(self.open().await?)
         .await?)
     }
 
@@ -332,7 +333,7 @@ impl ProjectTx {
             owed,
             task.document.priority
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         self.rings_jobs |= owed;
         if !needs.is_empty() {
@@ -343,11 +344,20 @@ impl ProjectTx {
                 task.id.uuid(),
                 &needs
             )
-            .execute(&mut *self.tx)
+            .execute(self.open().await?)
             .await?;
         }
         self.events.append(&mut task.take_events());
         Ok(())
+    }
+
+    /// The same of a task that needs nothing. Written with the commit, which fails with what [`ProjectTx::create_task`] does.
+    pub fn create_task_last(&mut self, task: &mut Task, owed: bool) {
+        task.created_at = to_micros(task.created_at);
+        task.updated_at = task.created_at;
+        self.rings_jobs |= owed;
+        self.events.append(&mut task.take_events());
+        self.closing.made = Some(Box::new((TaskColumns::of(task, false), owed)));
     }
 
     /// One task, held against other changes until the commit.
@@ -363,7 +373,7 @@ impl ProjectTx {
             self.db.project,
             id.uuid()
         )
-        .fetch_one(&mut *self.tx)
+        .fetch_one(self.open().await?)
         .await?;
         Ok(stored.into_task())
     }
@@ -403,9 +413,10 @@ impl ProjectTx {
             LEASE.as_secs_f64(),
             LONG_ENOUGH.as_secs_f64()
         )
-        .fetch_one(&mut *self.tx)
+        .fetch_one(self.open().await?)
         .await?;
         held(row.leases.unsigned_abs())?;
+        self.fenced = Some((lease.job, lease.number()));
         let stored = Stored {
             id: row.id,
             title: row.title,
@@ -423,7 +434,8 @@ impl ProjectTx {
         Ok(stored.into_task())
     }
 
-    /// Stores a changed task with what has happened to it. When it has ended, those outside of missions that need it are woken.
+    /// Stores a changed task with what has happened to it. When it has ended, those outside of missions that need it are woken. With the
+    /// begin or the end of its run it is written with the commit.
     ///
     /// # Errors
     /// Constraint `tasks_title_key`.
@@ -432,9 +444,21 @@ impl ProjectTx {
         let events = task.take_events();
         let moved = events.iter().any(|event| event.name == "task:transition");
         self.events.extend(events);
+        self.changed.push(task.id.uuid());
         // Within a mission there is more to it: `lifecycle::save`.
-        let ended = moved && task.status().is_terminal() && task.mission.is_none();
-        // `ended` comes out of the update, where the planner cannot see it: it would plan anew each time. Who waits for it is held until the commit: of two needs that end at once, the second to get here sees the first.
+        let ends = moved && task.status().is_terminal() && task.mission.is_none();
+        let columns = TaskColumns::of(task, ends);
+        let last = task.mission.is_none() && self.closing.takes(&columns);
+        if last {
+            self.closing.saved = Some(Box::new(columns));
+            return Ok(());
+        }
+        self.write_task(&columns).await
+    }
+
+    /// Writes a task. Who waits for its end is held until the commit: of two needs that end at once, the second to get here sees the first.
+    pub(super) async fn write_task(&mut self, task: &TaskColumns) -> Result<()> {
+        // `ended` comes out of the update, where the planner cannot see it: it would plan anew each time.
         let dependents = sqlx::query!(
             "with saved as (
                 update tasks
@@ -449,20 +473,20 @@ impl ProjectTx {
             order by t.id
             for no key update of t",
             self.db.project,
-            task.id.uuid(),
+            task.id,
             task.assign_to,
-            task.status().as_str(),
+            task.status,
             task.held,
-            task.run.map(Id::uuid),
+            task.run,
             Json(&task.document) as _,
             task.updated_at,
-            ended
+            task.ends
         )
-        .fetch_all(&mut *self.tx)
+        .fetch_all(self.open().await?)
         .await?;
-        self.changed.push(task.id.uuid());
         let dependents = dependents.into_iter().map(|row| (row.id, row.status));
-        self.wake_waiting(task, pending(dependents)).await
+        let failed = task.status == Status::Failed.as_str();
+        self.wake_waiting(failed, pending(dependents)).await
     }
 
     /// Owes the tasks outside of missions that can begin now, or a verdict on those that cannot any more.
@@ -471,7 +495,8 @@ impl ProjectTx {
     /// When the database refuses.
     pub async fn wake_dependents(&mut self, task: &Task) -> Result<()> {
         let waiting = self.hold_dependents(&[task.id.uuid()], true).await?;
-        self.wake_waiting(task, waiting).await
+        let failed = task.status() == Status::Failed;
+        self.wake_waiting(failed, waiting).await
     }
 
     /// Those that wait and need one of these, of all tasks or of those outside of missions. They and all who may come to wait are held
@@ -492,7 +517,7 @@ impl ProjectTx {
             needs,
             outside
         )
-        .fetch_all(&mut *self.tx)
+        .fetch_all(self.open().await?)
         .await?;
         Ok(pending(
             dependents.into_iter().map(|row| (row.id, row.status)),
@@ -508,12 +533,12 @@ impl ProjectTx {
         Ok(())
     }
 
-    /// The same of those that are known, and held.
-    async fn wake_waiting(&mut self, task: &Task, waiting: Vec<Uuid>) -> Result<()> {
+    /// The same of those that are known, and held; what they need has failed, or is done.
+    async fn wake_waiting(&mut self, failed: bool, waiting: Vec<Uuid>) -> Result<()> {
         if waiting.is_empty() {
             return Ok(());
         }
-        if task.status() == Status::Failed {
+        if failed {
             return self.judge_blocked(waiting).await;
         }
         sqlx::query!(
@@ -530,7 +555,7 @@ impl ProjectTx {
             self.db.project,
             &waiting
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         self.rings_jobs = true;
         Ok(())
@@ -550,7 +575,7 @@ impl ProjectTx {
             self.db.project,
             task.uuid()
         )
-        .fetch_all(&mut *self.tx)
+        .fetch_all(self.open().await?)
         .await?;
         Ok(rows
             .into_iter()
@@ -574,7 +599,7 @@ impl ProjectTx {
             task.uuid(),
             &needs
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         Ok(())
     }
@@ -592,7 +617,7 @@ impl ProjectTx {
             agent,
             but.uuid()
         )
-        .fetch_one(&mut *self.tx)
+        .fetch_one(self.open().await?)
         .await?;
         Ok(count)
     }
@@ -609,7 +634,7 @@ impl ProjectTx {
             self.db.project,
             agent
         )
-        .fetch_one(&mut *self.tx)
+        .fetch_one(self.open().await?)
         .await?)
     }
 
@@ -638,7 +663,7 @@ impl ProjectTx {
             filter.group,
             filter.mission.map(Id::uuid)
         )
-        .fetch_all(&mut *self.tx)
+        .fetch_all(self.open().await?)
         .await?;
         if gone.is_empty() {
             return Ok(Vec::new());
@@ -674,21 +699,21 @@ impl ProjectTx {
             self.db.project,
             &gone
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         sqlx::query!(
             "delete from words where project_id = $1 and task_id = any($2)",
             self.db.project,
             &gone
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         sqlx::query!(
             "delete from tasks where project_id = $1 and id = any($2)",
             self.db.project,
             &gone
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         self.judge_blocked(waiting).await?;
         self.stops.extend(&gone);

@@ -70,7 +70,7 @@ impl ProjectTx {
             name,
             description
         )
-        .fetch_one(&mut *self.tx)
+        .fetch_one(self.open().await?)
         .await?)
     }
 
@@ -83,7 +83,7 @@ impl ProjectTx {
             "select name from teams where project_id = $1 order by created_at, name limit 1",
             self.db.project
         )
-        .fetch_optional(&mut *self.tx)
+        .fetch_optional(self.open().await?)
         .await?;
         match first {
             Some(name) => Ok(name),
@@ -98,7 +98,7 @@ impl ProjectTx {
             on conflict (project_id, name) do nothing",
             self.db.project
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         Ok("default".to_owned())
     }
@@ -125,7 +125,7 @@ impl ProjectTx {
             name,
             description
         )
-        .fetch_one(&mut *self.tx)
+        .fetch_one(self.open().await?)
         .await?)
     }
 
@@ -140,7 +140,7 @@ impl ProjectTx {
             "select name from teams where project_id = $1 order by created_at, name for update",
             self.db.project
         )
-        .fetch_all(&mut *self.tx)
+        .fetch_all(self.open().await?)
         .await?;
         if !teams.iter().any(|team| team == name) {
             return Err(StoreError::NotFound);
@@ -159,14 +159,14 @@ impl ProjectTx {
             name,
             heir
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         sqlx::query!(
             "delete from teams where project_id = $1 and name = $2",
             self.db.project,
             name
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         Ok(true)
     }

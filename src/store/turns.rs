@@ -1,12 +1,14 @@
 //! What one chat turn leaves behind, in one statement and so in one commit:
-//! its session, its messages, its run, and what each model call used.
+//! its session, its messages, its run, what each model call used, and what is to be told of it.
 
 use chrono::{DateTime, Utc};
-use serde_json::Value;
+use serde_json::{Value, json};
 use sqlx::types::Json;
 use uuid::Uuid;
 
+use super::events::EventColumns;
 use super::{NewMessage, ProjectDb, Result, StoreError, to_micros};
+use crate::event::Event;
 use crate::ids::{Agent, Id, Message, Run, Session};
 
 /// How a run ended.
@@ -80,6 +82,26 @@ fn count(tokens: u64) -> i64 {
     i64::try_from(tokens).unwrap_or(i64::MAX)
 }
 
+impl TurnRecord<'_> {
+    /// What is told of it, with the ids of its messages.
+    fn events(&self, messages: &[Uuid]) -> Vec<Event> {
+        let opened = (!self.continues && !messages.is_empty()).then(|| {
+            let mut told = json!({"sessionId": self.session, "agent": self.agent.1});
+            if let Some(title) = self.title {
+                told["title"] = json!(title);
+            }
+            Event::new("session:created", told)
+        });
+        let added = self.messages.iter().zip(messages).map(|(message, id)| {
+            let id = Id::<Message>::from(*id);
+            let told =
+                json!({"sessionId": self.session, "messageId": id, "role": message.body["role"]});
+            Event::new("message:added", told)
+        });
+        opened.into_iter().chain(added).collect()
+    }
+}
+
 impl ProjectDb {
     /// Records a turn.
     ///
@@ -130,6 +152,7 @@ impl ProjectDb {
             .map(|call| count(call.reasoning_tokens))
             .collect();
         let estimated: Vec<bool> = turn.calls.iter().map(|call| call.estimated).collect();
+        let events = EventColumns::new(turn.events(&ids));
         // The update locks the session's row, so the turns of one session queue here and each gets
         // the positions after the one before.
         let sessions = sqlx::query_scalar!(
@@ -163,6 +186,9 @@ impl ProjectDb {
                 from ran
                 cross join unnest($18::uuid[], $19::text[], $20::bigint[], $21::bigint[], $22::bigint[], $23::bigint[], $24::boolean[])
                     with ordinality as c (id, model, prompt, completion, cached, reasoning, estimated, number)
+            ), told as (
+                insert into untold (project_id, names, payloads, at)
+                select $1, $25, $26, $27 from session
             )
             select count(*) as "count!" from session"#,
             self.project,
@@ -188,14 +214,19 @@ impl ProjectDb {
             &completion,
             &cached,
             &reasoning,
-            &estimated
+            &estimated,
+            &events.names as _,
+            &events.payloads,
+            events.at
         )
         .fetch_one(&self.pool)
         .await?;
         if sessions == 0 && !turn.messages.is_empty() {
-            Err(StoreError::NotFound)
-        } else {
-            Ok(())
+            return Err(StoreError::NotFound);
         }
+        if sessions > 0 {
+            self.bell.ring_for_untold(self.world, self.project);
+        }
+        Ok(())
     }
 }

@@ -20,6 +20,8 @@ use super::{Db, Result, World};
 const CHANNEL: &str = "polpo";
 /// Wake-ups of so long a time go out together.
 const GATHER: Duration = Duration::from_millis(3);
+/// Chat turns of so long a time are told of together.
+const GATHER_TURNS: Duration = Duration::from_millis(20);
 /// Postgres takes payloads of less than 8,000 bytes.
 const PAYLOAD: usize = 7_900;
 /// How long a task's words are written down after someone asked for them.
@@ -97,6 +99,9 @@ pub(super) struct Bell {
     /// Projects of which this process has told events, for their couriers.
     told: Mutex<HashSet<(World, Uuid)>>,
     news: Notify,
+    /// Projects whose chat turns have left events that are not in the log.
+    untold: Mutex<HashSet<(World, Uuid)>>,
+    turns: Notify,
     /// Whether wake-ups are lost.
     muted: AtomicBool,
     /// Tells this process' own notifications from others'.
@@ -114,6 +119,8 @@ impl Default for Bell {
             something: Notify::new(),
             told: Mutex::default(),
             news: Notify::new(),
+            untold: Mutex::default(),
+            turns: Notify::new(),
             muted: AtomicBool::new(false),
             origin: Uuid::now_v7().simple().to_string(),
         }
@@ -143,6 +150,14 @@ impl Bell {
         if let Topic::Events(world, project) = topic {
             self.told.lock().expect(POISONED).insert((world, project));
             self.news.notify_one();
+        }
+    }
+
+    /// A project's chat turns have left events that are to go into the log.
+    pub(super) fn ring_for_untold(&self, world: World, project: Uuid) {
+        if !self.muted.load(Ordering::Relaxed) {
+            self.untold.lock().expect(POISONED).insert((world, project));
+            self.turns.notify_one();
         }
     }
 
@@ -226,7 +241,8 @@ impl Db {
         tokio::join!(
             self.send_wakeups(),
             self.hear_wakeups(),
-            self.wake_couriers()
+            self.wake_couriers(),
+            self.tell_turns()
         );
     }
 
@@ -243,6 +259,23 @@ impl Db {
                 if let Err(error) = self.ready_couriers_of(world, projects).await {
                     // The sweep finds them in some seconds.
                     tracing::debug!("couriers are not woken: {error}");
+                }
+            }
+        }
+    }
+
+    /// Puts what chat turns of this process leave to be told into their projects' logs.
+    async fn tell_turns(&self) {
+        loop {
+            self.bell.turns.notified().await;
+            tokio::time::sleep(GATHER_TURNS).await;
+            let untold = std::mem::take(&mut *self.bell.untold.lock().expect(POISONED));
+            for (world, project) in untold {
+                match self.project(project, world).tell_untold().await {
+                    Ok(false) => {}
+                    Ok(true) => self.bell.ring_for_untold(world, project),
+                    // The sweep finds them in some seconds.
+                    Err(error) => tracing::warn!(%project, "chat turns are told of later: {error}"),
                 }
             }
         }

@@ -105,7 +105,7 @@ impl ProjectTx {
             r#"select count(*) as "count!" from webhooks where project_id = $1"#,
             self.db.project
         )
-        .fetch_one(&mut *self.tx)
+        .fetch_one(self.open().await?)
         .await?;
         Ok(count)
     }
@@ -129,7 +129,7 @@ impl ProjectTx {
             new.secret.sealed_with,
             new.secret.sealed
         )
-        .fetch_one(&mut *self.tx)
+        .fetch_one(self.open().await?)
         .await?;
         self.owe_courier(new.id).await?;
         Ok(row)
@@ -165,7 +165,7 @@ impl ProjectTx {
             url,
             events as _
         )
-        .fetch_one(&mut *self.tx)
+        .fetch_one(self.open().await?)
         .await?)
     }
 
@@ -180,7 +180,7 @@ impl ProjectTx {
             self.db.project,
             id.uuid()
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         self.rings(Lane::Couriers);
         // One at work listens for events.
@@ -202,7 +202,7 @@ impl ProjectTx {
             self.db.project,
             id.uuid()
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         if enabled.rows_affected() > 0 {
             self.changes = true;
@@ -238,7 +238,7 @@ impl ProjectTx {
             id.uuid(),
             reason
         )
-        .fetch_optional(&mut *self.tx)
+        .fetch_optional(self.open().await?)
         .await?)
     }
 
@@ -267,7 +267,7 @@ impl ProjectTx {
             secret.sealed,
             overlap.as_secs_f64()
         )
-        .fetch_one(&mut *self.tx)
+        .fetch_one(self.open().await?)
         .await?)
     }
 
@@ -283,7 +283,7 @@ impl ProjectTx {
             self.db.project,
             id.uuid()
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         if deleted.rows_affected() == 0 {
             Err(StoreError::NotFound)
@@ -315,7 +315,7 @@ impl ProjectTx {
             until,
             quiet
         )
-        .execute(&mut *self.tx)
+        .execute(self.open().await?)
         .await?;
         super::jobs::held(done.rows_affected())?;
         self.rings(Lane::Couriers);
@@ -324,7 +324,7 @@ impl ProjectTx {
             self.db.project,
             subject
         )
-        .fetch_one(&mut *self.tx)
+        .fetch_one(self.open().await?)
         .await?)
     }
 }

@@ -184,6 +184,8 @@ pub struct Document {
     pub extras: Map<String, Value>,
     /// What the run left behind.
     pub outcomes: Vec<Outcome>,
+    /// The transcript of the last run.
+    pub session: Option<Id<ids::Session>>,
     /// What the last run came to.
     pub result: Option<TaskResult>,
     /// What the next run is told of the attempts before it.
@@ -451,6 +453,7 @@ impl Task {
             ("retryPolicy", json!(document.retry_policy)),
             ("deadline", json!(document.deadline.map(timestamp))),
             ("runId", json!(self.run)),
+            ("sessionId", json!(document.session)),
             ("result", json!(document.result)),
         ];
         let members = view.as_object_mut().expect("it was made as an object");

@@ -148,13 +148,13 @@ fn clean(text: &str) -> String {
 }
 
 async fn save(db: &ProjectDb, owner: MemoryOwner<'_>, content: &str) -> Result<(), StoreError> {
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     tx.save_memory(owner, content).await?;
     tx.commit().await
 }
 
 async fn append(db: &ProjectDb, owner: MemoryOwner<'_>, line: &str) -> Result<(), StoreError> {
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     tx.append_memory(owner, line).await?;
     tx.commit().await
 }
@@ -165,7 +165,7 @@ async fn update(
     find: &str,
     replace: &str,
 ) -> Result<(), StoreError> {
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     tx.replace_in_memory(owner, find, replace).await?;
     tx.commit().await
 }

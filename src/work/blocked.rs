@@ -38,7 +38,7 @@ pub(super) async fn resolve(held: &Held, id: Id<ids::Task>) -> Result<()> {
     let task = db.task(id).await?;
     if task.mission.is_some() {
         // People may look first at what holds it back.
-        let mut tx = db.begin().await?;
+        let mut tx = db.begin();
         if rests_in_mission(held, &mut tx, &task).await? {
             return Ok(tx.commit().await?);
         }
@@ -58,7 +58,7 @@ pub(super) async fn resolve(held: &Held, id: Id<ids::Task>) -> Result<()> {
         }
         _ => Err("what it needs is not there".to_owned()),
     };
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     let (mut task, failed) = lock_all(&mut tx, id, &needs).await?;
     if let Some(place) = task.mission {
         // Before the job goes, so that whoever ends a need meanwhile owes it again, or has it seen here.
@@ -113,7 +113,7 @@ async fn judge(
     settings: &Settings,
 ) -> Result<std::result::Result<Verdict, String>> {
     let db = &held.lease.db;
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     tx.extend(&held.lease).await?;
     let ids = json!([task.id]);
     tx.emit(Event::new("orchestrator:deadlock", json!({"taskIds": ids})));

@@ -138,7 +138,7 @@ impl<'a> Courier<'a> {
         let db = &held.lease.db;
         let route = match db.route(id).await {
             Err(StoreError::NotFound) => {
-                let mut tx = db.begin().await?;
+                let mut tx = db.begin();
                 tx.complete(&held.lease).await?;
                 tx.commit().await?;
                 return Ok(None);
@@ -480,7 +480,7 @@ impl<'a> Courier<'a> {
 
     /// Tells the webhook of nothing more, and the project that it is so.
     async fn disable(&mut self, reason: &str) -> Result<()> {
-        let mut tx = self.db().begin().await?;
+        let mut tx = self.db().begin();
         tx.extend(&self.held.lease).await?;
         if let Some(url) = tx.disable_webhook(self.id, Some(reason)).await? {
             let told = json!({"webhookId": self.id, "url": url, "reason": reason});
@@ -496,7 +496,7 @@ impl<'a> Courier<'a> {
         if self.route.cursor < self.seen {
             self.store(Vec::new()).await?;
         }
-        let mut tx = self.db().begin().await?;
+        let mut tx = self.db().begin();
         let revision = tx.rest_courier(&self.held.lease, until, quiet).await?;
         if revision != self.route.revision {
             self.stale = true;

@@ -16,6 +16,7 @@ use super::{Held, Result, WorkError};
 use crate::agent::{
     self, Course, OutputFormat, Persona, Repair, Step, Toolbox, TurnError, TurnEvent, system_prompt,
 };
+use crate::ids::{self, Id};
 use crate::lifecycle::{self, after_failure};
 use crate::llm::{Effort, FinishReason, Message, ModelRequest, Part, ToolCall, context_window};
 use crate::store::{AgentRow, ProjectTx, RunStatus, Topic};
@@ -375,7 +376,7 @@ async fn overdue(held: &Held, task: &Task, limits: &mut Limits) -> Result<Option
         return Ok(None);
     }
     let action = if limits.warned { "killed" } else { "warning" };
-    let mut tx = held.lease.db.begin().await?;
+    let mut tx = held.lease.db.begin();
     tx.extend(&held.lease).await?;
     let told = json!({"taskId": task.id, "agentName": task.assign_to, "idleMs": elapsed, "action": action});
     tx.emit(crate::event::Event::new("agent:stale", told));
@@ -460,7 +461,7 @@ async fn try_conclude(
     succeeded: bool,
 ) -> Result<Option<Task>> {
     let db = &held.lease.db;
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     let mut task = tx.lock_task_under(&held.lease, before.id).await?;
     if task.status() != Status::InProgress || task.run != before.run {
         return Err(WorkError::LeaseLost);
@@ -477,7 +478,7 @@ async fn try_conclude(
         usage: usage.as_ref(),
         under_way: None,
     });
-    tx.end_run(recorder.run, status, step.as_ref()).await?;
+    tx.end_run(recorder.run, status, step.as_ref());
     tell_end(&mut task, recorder, ending, started_at);
     if !succeeded {
         return fail(held, tx, task, settings, ending).await;
@@ -562,7 +563,7 @@ fn tell_end(task: &mut Task, recorder: &Recorder<'_>, ending: &Ending, started_a
     task.document.defects = 0;
     let told = json!({
         "agentName": task.assign_to, "exitCode": result.exit_code, "duration": result.duration,
-        "reason": result.reason, "runId": recorder.run,
+        "reason": result.reason, "runId": recorder.run, "sessionId": Id::<ids::Session>::from(recorder.run),
     });
     task.document.result = Some(result);
     task.tell("agent:completed", told.clone());

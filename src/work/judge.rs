@@ -57,7 +57,7 @@ async fn stands_before(
         return Ok(false);
     };
     let db = &held.lease.db;
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     let mut task = tx.lock_task_under(&held.lease, task.id).await?;
     if task.go(Status::AwaitingApproval).is_err() {
         return Err(WorkError::LeaseLost);
@@ -85,7 +85,7 @@ async fn settle(
     settings: &Settings,
 ) -> Result<Option<Task>> {
     let db = &held.lease.db;
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     let mut task = tx.lock_task_under(&held.lease, before.id).await?;
     if task.status() != Status::Review || task.run != before.run {
         return Err(WorkError::LeaseLost);
@@ -159,7 +159,7 @@ pub(super) async fn reassess(held: &Held, id: Id<ids::Task>) -> Result<()> {
     } else {
         None
     };
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     let mut task = tx.lock_task(id).await?;
     tx.complete(&held.lease).await?;
     if let Some((before, verdict)) = judged
@@ -296,7 +296,7 @@ async fn judge_model(held: &Held, task: &Task, settings: &Settings) -> Result<St
 
 /// Tells events of a task under the lease.
 async fn emit(held: &Held, events: Vec<(&'static str, Value)>, task: &Task) -> Result<()> {
-    let mut tx = held.lease.db.begin().await?;
+    let mut tx = held.lease.db.begin();
     tx.extend(&held.lease).await?;
     for (name, mut payload) in events {
         payload["taskId"] = json!(task.id);

@@ -514,7 +514,7 @@ impl Held {
     /// claimed for ever.
     async fn drop_if_gone(&self) -> Result<()> {
         let db = &self.lease.db;
-        let mut tx = db.begin().await?;
+        let mut tx = db.begin();
         let found = match self.lease.job {
             Job::Task(id)
             | Job::Blocked(id)
@@ -537,7 +537,7 @@ impl Held {
     async fn count_defect(&self) -> Result<()> {
         let counted = match self.lease.job {
             Job::Task(id) | Job::Blocked(id) => {
-                let mut tx = self.lease.db.begin().await?;
+                let mut tx = self.lease.db.begin();
                 let pause = task::pause(self);
                 lifecycle::after_defect(&mut tx, &self.lease.db, &self.lease, id, pause)
                     .await
@@ -555,14 +555,14 @@ impl Held {
     }
 
     async fn put_off(&self, pause: Duration) -> std::result::Result<(), StoreError> {
-        let mut tx = self.lease.db.begin().await?;
+        let mut tx = self.lease.db.begin();
         tx.put_off(&self.lease, pause).await?;
         tx.commit().await
     }
 
     async fn dispatch(&self) -> Result<()> {
         if self.is_suspended().await {
-            let mut tx = self.lease.db.begin().await?;
+            let mut tx = self.lease.db.begin();
             tx.park(&self.lease, SUSPENDED).await?;
             return Ok(tx.commit().await?);
         }

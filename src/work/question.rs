@@ -60,7 +60,7 @@ pub(super) async fn answer(held: &Held, task: &Task, settings: &Settings) -> Res
         }
     };
     let db = &held.lease.db;
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     let mut task = tx.lock_task_under(&held.lease, task.id).await?;
     if task.status() != Status::Review {
         return Err(super::WorkError::LeaseLost);
@@ -117,7 +117,7 @@ pub(super) async fn rewrite(held: &Held, task: Task) -> Result<Option<Task>> {
     let rewritten = ask(held, question, task.id).await?.and_then(|answer| {
         serde_json::from_str::<Rewritten>(&answer).map_err(|error| error.to_string())
     });
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     let mut task = tx.lock_task_under(&held.lease, task.id).await?;
     if task.status() != Status::Pending || !task.document.escalation_owed {
         return Err(super::WorkError::LeaseLost);

@@ -15,7 +15,7 @@ pub(super) async fn fire(held: &Held, id: Id<Schedule>) -> Result<()> {
     let db = &held.lease.db;
     if !db.settings().await?.enable_scheduler {
         // What is known of the settings may be old: asked again under the lock that a change of them holds.
-        let mut tx = db.begin().await?;
+        let mut tx = db.begin();
         tx.extend(&held.lease).await?;
         if !Settings::restored(&tx.lock_settings().await?).enable_scheduler {
             tx.park(&held.lease, SWITCHED_OFF).await?;

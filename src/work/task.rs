@@ -69,7 +69,7 @@ fn after(task: Option<Task>) -> Next {
 async fn look(held: &Held, id: Id<ids::Task>, ours: bool) -> Result<Next> {
     let db = &held.lease.db;
     let settings = db.settings().await?;
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     let mut task = tx.lock_task_under(&held.lease, id).await?;
     let next = match task.status() {
         Status::Pending if task.document.escalation_owed => Next::Escalate(Box::new(task)),
@@ -233,14 +233,16 @@ async fn spawn(
     let begun = match task.run {
         // It was paused.
         Some(run) => {
-            tx.go_on_with_run(run).await?;
+            tx.go_on_with_run(run, &task.document.description).await?;
             None
         }
         None => {
             task.document.outcomes.clear();
             let (run, now) = (Id::new(), Utc::now());
             task.run = Some(run);
-            tx.begin_run(run, task.id, agent.id, now).await?;
+            task.document.session = Some(run.into());
+            let said = task.document.description.as_str();
+            tx.begin_run(run, task.id, agent.id, said, now);
             Some(now)
         }
     };

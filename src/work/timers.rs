@@ -13,7 +13,7 @@ use crate::task::{Bypass, Status, Violation};
 pub(super) async fn deadline(held: &Held, id: Id<ids::Task>) -> Result<()> {
     let db = &held.lease.db;
     let settings = db.settings().await?;
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     let mut task = tx.lock_task_under(&held.lease, id).await?;
     let Some(deadline) = task
         .document
@@ -61,7 +61,7 @@ pub(super) async fn deadline(held: &Held, id: Id<ids::Task>) -> Result<()> {
 pub(super) async fn escalation(held: &Held, id: Id<ids::Task>) -> Result<()> {
     let db = &held.lease.db;
     let settings = db.settings().await?;
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     let mut task = tx.lock_task(id).await?;
     tx.complete(&held.lease).await?;
     let waits = matches!(
@@ -73,8 +73,7 @@ pub(super) async fn escalation(held: &Held, id: Id<ids::Task>) -> Result<()> {
         // Before its run, like whoever records a step.
         tx.call_off(crate::store::Job::Task(id)).await?;
         if let Some(run) = task.run.filter(|_| task.status() == Status::InProgress) {
-            tx.end_run(run, crate::store::RunStatus::Interrupted, None)
-                .await?;
+            tx.end_run(run, crate::store::RunStatus::Interrupted, None);
             task.bypass(Bypass::Released);
         }
         tx.stop_run(id);
@@ -91,7 +90,7 @@ pub(super) async fn escalation(held: &Held, id: Id<ids::Task>) -> Result<()> {
 /// Nobody has answered a request in its time.
 pub(super) async fn approval(held: &Held, id: Id<Approval>) -> Result<()> {
     let db = &held.lease.db;
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     lifecycle::expire(&mut tx, db, id).await?;
     tx.complete(&held.lease).await?;
     tx.commit().await?;
@@ -100,7 +99,7 @@ pub(super) async fn approval(held: &Held, id: Id<Approval>) -> Result<()> {
 
 /// A delay between a mission's tasks is over.
 pub(super) async fn delay(held: &Held, id: Id<ids::Barrier>) -> Result<()> {
-    let mut tx = held.lease.db.begin().await?;
+    let mut tx = held.lease.db.begin();
     lifecycle::mission::delay_over(&mut tx, id).await?;
     tx.complete(&held.lease).await?;
     tx.commit().await?;

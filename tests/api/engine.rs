@@ -29,7 +29,7 @@ async fn what_a_process_holds_that_stopped_in_the_middle_of_a_change_is_let_go()
         .claim(World::Live, Lane::Engine, Holder::new(1), Uuid::nil(), 1)
         .await
         .unwrap();
-    let mut stopped = claimed.leases[0].db.begin().await.unwrap();
+    let mut stopped = claimed.leases[0].db.begin();
     stopped.lock_task(task.parse().unwrap()).await.unwrap();
     // It waits for the lock, which is Postgres' to take away.
     let change = app.patch(&format!("/v1/tasks/{task}"), json!({"priority": 2}));
@@ -460,7 +460,7 @@ impl History {
     async fn act(&mut self, act: Act) {
         match act {
             Act::Enqueue(job) => {
-                let mut tx = self.doors[job % self.doors.len()].begin().await.unwrap();
+                let mut tx = self.doors[job % self.doors.len()].begin();
                 tx.enqueue(Job::Blocked(Id::from(self.jobs[job])), 1.0, Duration::ZERO)
                     .await
                     .unwrap();
@@ -489,7 +489,7 @@ impl History {
                 let Some(lease) = self.pick(process, which) else {
                     return;
                 };
-                let mut tx = lease.db.begin().await.unwrap();
+                let mut tx = lease.db.begin();
                 match tx.complete(&lease).await {
                     Ok(()) => {
                         tx.commit().await.unwrap();
@@ -503,7 +503,7 @@ impl History {
                 let Some(lease) = self.pick(process, which) else {
                     return;
                 };
-                let mut tx = lease.db.begin().await.unwrap();
+                let mut tx = lease.db.begin();
                 match tx.put_off(&lease, Duration::ZERO).await {
                     Ok(()) => tx.commit().await.unwrap(),
                     Err(error) => assert!(matches!(error, StoreError::LeaseLost), "{error}"),
@@ -541,7 +541,7 @@ impl History {
             .flat_map(|process| process.leases.drain(..))
             .collect();
         for lease in &believed {
-            let mut tx = lease.db.begin().await.unwrap();
+            let mut tx = lease.db.begin();
             if tx.extend(lease).await.is_ok() {
                 *live.entry(self.number(lease)).or_default() += 1;
             }
@@ -567,7 +567,7 @@ impl History {
                 .await
                 .unwrap();
             for lease in claimed.leases {
-                let mut tx = lease.db.begin().await.unwrap();
+                let mut tx = lease.db.begin();
                 tx.complete(&lease).await.unwrap();
                 tx.commit().await.unwrap();
                 let number = self.number(&lease);

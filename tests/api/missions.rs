@@ -1420,7 +1420,7 @@ async fn advancing_a_mission_twice_changes_nothing() {
             .unwrap()
             .parse()
             .unwrap();
-        let mut tx = door.begin().await.unwrap();
+        let mut tx = door.begin();
         let mut task = tx.lock_task(task).await.unwrap();
         lifecycle::save(&mut tx, &door, &mut task).await.unwrap();
         tx.commit().await.unwrap();

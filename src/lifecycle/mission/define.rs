@@ -26,7 +26,7 @@ pub struct NewMission {
 /// # Errors
 /// [`LifecycleError::Conflict`] for a name that is taken.
 pub async fn create(db: &ProjectDb, new: NewMission) -> Result<Mission> {
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     let mut mission = Mission::new(new.name, Utc::now());
     mission.tell_saved();
     tx.create_mission(&mut mission, &new.document)
@@ -61,7 +61,7 @@ pub struct MissionChange {
 /// [`LifecycleError::Faults`] for a definition that would be faulty; 409 for a name that is taken and a status that cannot be set
 /// by hand.
 pub async fn update(db: &ProjectDb, id: Id<ids::Mission>, change: MissionChange) -> Result<()> {
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     let mut mission = tx.lock_mission(id).await?;
     if let Some(name) = change.name {
         mission.name = name;
@@ -144,7 +144,7 @@ pub async fn edit(
     id: Id<ids::Mission>,
     edit: impl FnOnce(&Document) -> std::result::Result<Document, EditError> + Send,
 ) -> Result<()> {
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     let mut mission = tx.lock_mission(id).await?;
     let members = tx.mission_definition(id).await?;
     let document = Document::parse(&members).map_err(LifecycleError::Faults)?;

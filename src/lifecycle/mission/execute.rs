@@ -33,7 +33,7 @@ pub struct Execution {
 /// # Errors
 /// 409 while it runs and when it is completed; [`LifecycleError::Invalid`] for a task whose agent does not exist.
 pub async fn execute(db: &ProjectDb, id: Id<ids::Mission>) -> Result<Execution> {
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     let mut mission = tx.lock_mission(id).await?;
     let execution = begin_run(&mut tx, db, &mut mission, None, Utc::now()).await?;
     tx.save_mission(&mut mission).await?;
@@ -50,7 +50,7 @@ pub async fn launch(
     base: &str,
     document: &Document,
 ) -> Result<(Mission, Execution)> {
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     let name = tx.free_mission_name(base).await?;
     let mut mission = Mission::new(name, Utc::now());
     mission.tell_saved();

@@ -133,7 +133,7 @@ pub(super) async fn end_tasks(
 /// When the database refuses.
 pub async fn deadline(lease: &Lease, id: Id<ids::Mission>) -> Result<()> {
     let db = &lease.db;
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     let mission = super::read(&mut tx, id).await?;
     let place = Place {
         mission: id,
@@ -203,7 +203,7 @@ fn warn(mission: &mut Mission, run: &MissionRunRow, deadline: DateTime<Utc>, now
 pub(super) async fn remove_tasks(db: &ProjectDb, mission: Id<ids::Mission>) -> Result<u64> {
     let mut removed = 0;
     loop {
-        let mut tx = db.begin().await?;
+        let mut tx = db.begin();
         let filter = TaskFilter {
             mission: Some(mission),
             ..TaskFilter::default()

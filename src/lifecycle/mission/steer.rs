@@ -30,7 +30,7 @@ pub struct Resumed {
 /// # Errors
 /// 409 for a mission that is neither under way, paused nor failed.
 pub async fn resume(db: &ProjectDb, id: Id<ids::Mission>, retry_failed: bool) -> Result<Resumed> {
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     let place = newest(&read(&mut tx, id).await?, "resumed; execute it")?;
     let mut failed = if retry_failed {
         tx.lock_tasks_of_run(place, true).await?
@@ -85,7 +85,7 @@ pub async fn resume(db: &ProjectDb, id: Id<ids::Mission>, retry_failed: bool) ->
 /// # Errors
 /// [`LifecycleError::Missing`] when there is none of this name that it waits at.
 pub async fn resume_checkpoint(db: &ProjectDb, id: Id<ids::Mission>, name: &str) -> Result<()> {
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     let mission = read(&mut tx, id).await?;
     let missing = || {
         LifecycleError::Missing(format!(
@@ -117,7 +117,7 @@ pub async fn resume_checkpoint(db: &ProjectDb, id: Id<ids::Mission>, name: &str)
 /// # Errors
 /// 409 for a mission that is not under way.
 pub async fn pause(db: &ProjectDb, id: Id<ids::Mission>) -> Result<()> {
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     let place = newest(&read(&mut tx, id).await?, "paused")?;
     let (mut run, mut mission) = hold(&mut tx, place).await?;
     if mission.status() == Status::Paused && run.held {
@@ -156,7 +156,7 @@ const TRIES: u32 = 10;
 
 /// Aborts a mission, unless its run or its tasks are not any more what was held.
 async fn try_abort(db: &ProjectDb, id: Id<ids::Mission>) -> Result<Option<usize>> {
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     let seen = read(&mut tx, id).await?;
     let place = newest(&seen, "")
         .ok()
@@ -214,7 +214,7 @@ pub async fn delete(db: &ProjectDb, id: Id<ids::Mission>) -> Result<()> {
         }
     }
     let removed = remove_tasks(db, id).await?;
-    let mut tx = db.begin().await?;
+    let mut tx = db.begin();
     let mission = tx.lock_mission(id).await?;
     if mission.status().is_running() {
         return Err(LifecycleError::Conflict(
