@@ -194,9 +194,10 @@ impl From<StoreError> for ApiError {
         match error {
             StoreError::NotFound => Self::NotFound("Not found".to_owned()),
             StoreError::Unavailable(_) => Self::Unavailable(error.into()),
-            StoreError::LeaseLost | StoreError::Constraint(_) | StoreError::Unexpected(_) => {
-                Self::Internal(error.into())
-            }
+            StoreError::LeaseLost
+            | StoreError::Stale
+            | StoreError::Constraint(_)
+            | StoreError::Unexpected(_) => Self::Internal(error.into()),
         }
     }
 }

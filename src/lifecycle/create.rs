@@ -6,7 +6,7 @@ use serde_json::json;
 use super::approve::request_approval;
 use super::{LifecycleError, NOW, Result, next_look};
 use crate::store::{Job, ProjectDb, StoreError};
-use crate::task::{Bypass, Document, Gate, Hook, Status, Task, context};
+use crate::task::{Bypass, Document, Gate, Hook, Status, Task};
 
 /// A task to be made.
 #[derive(Debug)]
@@ -64,8 +64,8 @@ pub async fn create(db: &ProjectDb, new: NewTask) -> Result<Task> {
     task.group = new.group;
     let mut gated = None;
     if !new.draft {
-        let seen = context(&task, Hook::TaskCreate, &json!({}));
-        gated = Gate::closed(&settings.approval_gates, Hook::TaskCreate, &task, &seen).cloned();
+        let gates = &settings.approval_gates;
+        gated = Gate::closed(gates, Hook::TaskCreate, &task, &json!({})).cloned();
         if gated.is_some() {
             task.bypass(Bypass::GatedAtCreation);
         } else {

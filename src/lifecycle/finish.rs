@@ -10,7 +10,7 @@ use crate::ids::{self, Id};
 use crate::store::{Job, Lease, ProjectDb, ProjectTx, StoreError};
 use crate::task::{
     Bypass, EndReason, Failure, Follow, Gate, Handler, Hook, Level, Phase, Settings, Status, Task,
-    TaskResult, context,
+    TaskResult,
 };
 
 /// The gate that a person's level of the escalation policy is (contract 2.6.4).
@@ -40,8 +40,7 @@ pub async fn complete(
     let data =
         json!({"from": task.status(), "to": Status::Done, "outcomes": task.document.outcomes});
     for hook in [Hook::TaskComplete, Hook::TaskTransition] {
-        let seen = context(task, hook, &data);
-        if let Some(gate) = Gate::closed(&settings.approval_gates, hook, task, &seen) {
+        if let Some(gate) = Gate::closed(&settings.approval_gates, hook, task, &data) {
             return wait_for_person(tx, db, task, gate, Hook::TaskComplete).await;
         }
     }
@@ -95,8 +94,7 @@ pub async fn after_failure(
         }
         Follow::Retry => {
             let data = json!({"attempt": task.document.retries + 1, "reason": feedback});
-            let seen = context(task, Hook::TaskRetry, &data);
-            if let Some(gate) = Gate::closed(&settings.approval_gates, Hook::TaskRetry, task, &seen)
+            if let Some(gate) = Gate::closed(&settings.approval_gates, Hook::TaskRetry, task, &data)
             {
                 task.document.feedback = Some(feedback);
                 return wait_for_person(tx, db, task, gate, Hook::TaskRetry).await;
@@ -123,8 +121,8 @@ pub async fn after_failure(
         }
         Follow::GiveUp => {
             task.tell("task:maxRetries", json!({}));
-            let seen = context(task, Hook::TaskFail, &json!({"reason": feedback}));
-            if let Some(gate) = Gate::closed(&settings.approval_gates, Hook::TaskFail, task, &seen)
+            let data = json!({"reason": feedback});
+            if let Some(gate) = Gate::closed(&settings.approval_gates, Hook::TaskFail, task, &data)
             {
                 task.document.feedback = Some(feedback);
                 return wait_for_person(tx, db, task, gate, Hook::TaskFail).await;

@@ -9,7 +9,7 @@ use super::{LifecycleError, NOW, Result, locked, owe, renew_deadline, save};
 use crate::event::Event;
 use crate::ids::{self, Id};
 use crate::store::{Job, ProjectDb, ProjectTx, StoreError, TaskFilter};
-use crate::task::{Bypass, EndReason, Expectation, Gate, Hook, Phase, Status, Task, context};
+use crate::task::{Bypass, EndReason, Expectation, Gate, Hook, Phase, Status, Task};
 
 /// A change to a task; `None` leaves a field as it is.
 #[derive(Debug, Default)]
@@ -194,8 +194,7 @@ pub async fn queue(db: &ProjectDb, id: Id<ids::Task>) -> Result<Task> {
 /// The one way from a draft to a task that waits for its turn: past the gate before its creation, as if it were new.
 async fn submit(tx: &mut ProjectTx, db: &ProjectDb, task: &mut Task) -> Result<()> {
     let settings = db.settings().await?;
-    let seen = context(task, Hook::TaskCreate, &json!({}));
-    match Gate::closed(&settings.approval_gates, Hook::TaskCreate, task, &seen) {
+    match Gate::closed(&settings.approval_gates, Hook::TaskCreate, task, &json!({})) {
         Some(gate) => {
             task.bypass(Bypass::GatedAtCreation);
             request_approval(tx, task, gate, Hook::TaskCreate).await

@@ -2,7 +2,7 @@
 //!
 //! Most of what the engine pays is round trips. So what nobody reads again within a change is kept until its end, and written together
 //! with the events that tell of it, whose numbers must be taken last in any case. Where that is all there is, there is no transaction
-//! around it either.
+//! around it either: what the change was decided from is looked at in the same statement ([`ProjectTx::assume`]).
 
 use chrono::{DateTime, Utc};
 use serde_json::Value;
@@ -11,7 +11,7 @@ use sqlx::types::Json;
 use uuid::Uuid;
 
 use super::events::EventColumns;
-use super::{CallUsage, ProjectTx, Result};
+use super::{CallUsage, Job, Lease, ProjectTx, Result, StoreError};
 use crate::task::{Document, Task};
 
 /// What is kept until the end. Boxed, because most changes keep nothing, and are passed about by value.
@@ -27,6 +27,15 @@ pub(super) struct Closing {
     pub(super) ended: Option<Box<EndedRun>>,
     /// The job that fences the change is done.
     pub(super) done: bool,
+}
+
+/// What a change takes for granted: that its job's lease is still there, and its task as it was read.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Assumed {
+    task: Uuid,
+    updated_at: DateTime<Utc>,
+    job: Job,
+    lease: i64,
 }
 
 /// A task as the columns of a statement.
@@ -92,23 +101,77 @@ pub(super) struct LastStep {
 }
 
 impl Closing {
+    fn is_empty(&self) -> bool {
+        self.made.is_none() && self.begun.is_none() && self.ended.is_none()
+    }
+
     /// Whether a task is written with what is kept already: it comes with the begin or the end of its run.
     pub(super) fn takes(&self, task: &TaskColumns) -> bool {
         let with_run = self.begun.is_some() || self.ended.is_some();
         with_run && self.saved.as_ref().is_none_or(|saved| saved.id == task.id)
     }
 
-    /// Whether all of it is one statement, which needs no transaction.
-    fn is_one_statement(&self) -> bool {
-        self.saved.is_none() && self.begun.is_none() && self.ended.is_none() && !self.done
+    /// Whether all of it is one statement, which needs no transaction. What is assumed is looked at by those of runs alone.
+    fn is_one_statement(&self, assumes: bool) -> bool {
+        match (&self.begun, &self.ended) {
+            (Some(_), None) => assumes && !self.done,
+            (None, Some(_)) => assumes,
+            _ => !assumes && self.saved.is_none() && !self.done && self.begun.is_none(),
+        }
     }
 }
 
 impl ProjectTx {
+    /// Takes for granted that a lease is there still, and its task as it was read: nothing is asked before something has to be, and where
+    /// all that is written is the begin or the end of a run it is asked in the statement that writes it. Whoever gets
+    /// [`StoreError::Stale`] looks again, with [`ProjectTx::lock_task_under`].
+    pub fn assume(&mut self, lease: &Lease, task: &Task) {
+        self.fenced = Some((lease.job, lease.number()));
+        self.assumed = Some(Assumed {
+            task: task.id.uuid(),
+            updated_at: task.updated_at,
+            job: lease.job,
+            lease: lease.number(),
+        });
+    }
+
+    /// Holds what was assumed, first in the transaction.
+    pub(super) async fn prove(
+        &self,
+        connection: &mut PgConnection,
+        assumed: &Assumed,
+    ) -> Result<()> {
+        let (kind, subject) = assumed.job.columns();
+        // The task first, then the job, like everyone.
+        let held = sqlx::query_scalar!(
+            r#"with task as (
+                select id from tasks where project_id = $1 and id = $2 and updated_at = $3
+                for no key update
+            ), held as (
+                select lease from jobs
+                where project_id = $1 and kind = $4 and subject = $5 and lease = $6
+                for update
+            )
+            select (select count(*) from held) as "held!" from task"#,
+            self.db.project,
+            assumed.task,
+            assumed.updated_at,
+            kind,
+            subject,
+            assumed.lease
+        )
+        .fetch_optional(connection)
+        .await?;
+        match held {
+            Some(1..) => Ok(()),
+            _ => Err(StoreError::Stale),
+        }
+    }
+
     /// Writes what was kept, and the events, and commits. From the events to the commit no other transaction of the project can append.
     pub(super) async fn close(&mut self) -> Result<()> {
-        let alone = self.tx.is_none() && self.closing.is_one_statement();
-        if alone && self.closing.made.is_none() && self.events.is_empty() {
+        let alone = self.tx.is_none() && self.closing.is_one_statement(self.assumed.is_some());
+        if alone && self.closing.is_empty() && self.events.is_empty() {
             return Ok(());
         }
         let mut connection = None;
@@ -126,9 +189,13 @@ impl ProjectTx {
         let events = EventColumns::new(std::mem::take(&mut self.events));
         self.tells |= events.count() > 0;
         if let Some(connection) = &mut connection {
-            self.write_last(connection, &closing, &events).await?;
+            let written = self.write_last(connection, &closing, &events).await?;
             drop(turn);
-            return Ok(());
+            return if written {
+                Ok(())
+            } else {
+                Err(StoreError::Stale)
+            };
         }
         let mut tx = self.begun().await?;
         if !self.write_last(&mut tx, &closing, &events).await? {
@@ -157,7 +224,7 @@ impl ProjectTx {
         }
     }
 
-    /// False, with nothing written, where others need a task that ends.
+    /// False, with nothing written, where others need a task that ends, or something is not as it was assumed.
     async fn write_last(
         &self,
         connection: &mut PgConnection,
@@ -172,7 +239,7 @@ impl ProjectTx {
         }
         if let Some(run) = &closing.begun {
             let saved = closing.saved.as_deref();
-            self.write_begin(connection, run, saved, events).await?;
+            return self.write_begin(connection, run, saved, events).await;
         } else if let Some(made) = &closing.made {
             let (task, owed) = &**made;
             self.write_made(connection, task, *owed, events).await?;
@@ -227,29 +294,48 @@ impl ProjectTx {
         Ok(())
     }
 
-    /// A run that begins, the task as it stands with it, and what is told of both.
+    /// A run that begins, the task as it stands with it, and what is told of both; false, with nothing written, where something is not as
+    /// it was assumed.
     async fn write_begin(
         &self,
         connection: &mut PgConnection,
         run: &BegunRun,
         saved: Option<&TaskColumns>,
         events: &EventColumns,
-    ) -> Result<()> {
-        sqlx::query!(
-            "with saved as (
+    ) -> Result<bool> {
+        let assumed = self.assumed.as_ref();
+        let (kind, subject) = assumed.map(|assumed| assumed.job.columns()).unzip();
+        // What depends on a parameter alone is kept where the planner cannot see it: it would plan anew each time.
+        let written = sqlx::query_scalar!(
+            r#"with given as materialized (
+                select $19::timestamptz is not null as assumes
+            ), task as (
+                select t.id from tasks t, given
+                where given.assumes and t.project_id = $1 and t.id = $10 and t.updated_at = $19
+                for no key update of t
+            ), held as (
+                select j.lease from task, jobs j
+                where j.project_id = $1 and j.kind = $20::text and j.subject = $21::uuid and j.lease = $22::bigint
+                for update of j
+            ), fine as (
+                select 1 as one from given where not given.assumes or exists (select from held)
+            ), saved as (
                 update tasks set assign_to = $3, status = $4, held = $5, run_id = $6, document = $7, updated_at = $8
+                from fine
                 where project_id = $1 and id = $2::uuid
             ), began as (
                 insert into runs (project_id, id, task_id, agent_id, status, started_at, started_by, said)
-                values ($1, $9, $10, $11, 'running', $12, $13, $14)
+                select $1, $9, $10, $11, 'running', $12, $13, $14 from fine
             ), head as (
-                insert into event_heads (project_id, last) select $1, $15::bigint where $15::bigint > 0
+                insert into event_heads (project_id, last) select $1, $15::bigint from fine where $15::bigint > 0
                 on conflict (project_id) do update set last = event_heads.last + excluded.last
                 returning last
+            ), told as (
+                insert into events (project_id, seq, name, payload, at)
+                select $1, head.last - $15::bigint + e.number, e.name, e.payload, $18
+                from head cross join unnest($16::text[], $17::text[]) with ordinality as e (name, payload, number)
             )
-            insert into events (project_id, seq, name, payload, at)
-            select $1, head.last - $15::bigint + e.number, e.name, e.payload, $18
-            from head cross join unnest($16::text[], $17::text[]) with ordinality as e (name, payload, number)",
+            select count(*) as "count!" from fine"#,
             self.db.project,
             saved.map(|task| task.id),
             saved.map(|task| task.assign_to.as_str()),
@@ -267,15 +353,20 @@ impl ProjectTx {
             events.count(),
             &events.names as _,
             &events.payloads,
-            events.at
+            events.at,
+            assumed.map(|assumed| assumed.updated_at),
+            kind,
+            subject,
+            assumed.map(|assumed| assumed.lease)
         )
-        .execute(connection)
+        .fetch_one(connection)
         .await?;
-        Ok(())
+        Ok(written > 0)
     }
 
     /// A run that ends, the task and the job that end with it, and what is told of them; false, with nothing written, where others need
-    /// a task that ends. The task is held, so none can come to need it unseen.
+    /// a task that ends, or something is not as it was assumed. None can come to need the task unseen: it is held, or its row would have
+    /// another version by now (`needed`).
     async fn write_end(
         &self,
         connection: &mut PgConnection,
@@ -289,15 +380,25 @@ impl ProjectTx {
         let tokens = |count: fn(&CallUsage) -> u64| {
             usage.map(|usage| i64::try_from(count(usage)).unwrap_or(i64::MAX))
         };
-        let job = self.fenced.filter(|_| closing.done);
-        let (kind, subject) = job.map(|(job, _)| job.columns()).unzip();
-        // What depends on a parameter is kept where the planner cannot see it: it would plan anew each time.
+        let assumed = self.assumed.as_ref();
+        let (kind, subject) = self.fenced.map(|(job, _)| job.columns()).unzip();
+        // What depends on a parameter alone is kept where the planner cannot see it: it would plan anew each time.
         let written = sqlx::query_scalar!(
             r#"with given as materialized (
-                select $9::boolean as ends
+                select $9::boolean as ends, $29::timestamptz is not null as assumes
+            ), task as (
+                select t.id from tasks t, given
+                where given.assumes and t.project_id = $1 and t.id = $30::uuid and t.updated_at = $29
+                  and not (given.ends and t.needed)
+                for no key update of t
+            ), held as (
+                select j.lease from task, jobs j
+                where j.project_id = $1 and j.kind = $22::text and j.subject = $23::uuid and j.lease = $24::bigint
+                for update of j
             ), fine as (
                 select 1 as one from given
-                where not given.ends or not exists (select from dependencies where project_id = $1 and needs_id = $2::uuid)
+                where (not given.assumes or exists (select from held))
+                  and (not given.ends or not exists (select from dependencies where project_id = $1 and needs_id = $2::uuid))
             ), saved as (
                 update tasks set assign_to = $3, status = $4, held = $5, run_id = $6, document = $7, updated_at = $8
                 from fine
@@ -318,7 +419,7 @@ impl ProjectTx {
                 select $1, $10, $12::integer, $15, $16, $17, $18, $19, $20, $21 from ended where $16::text is not null
             ), settled as (
                 delete from jobs using fine
-                where project_id = $1 and kind = $22::text and subject = $23::uuid and lease = $24::bigint
+                where $31::boolean and project_id = $1 and kind = $22::text and subject = $23::uuid and lease = $24::bigint
             ), head as (
                 insert into event_heads (project_id, last) select $1, $25::bigint from fine where $25::bigint > 0
                 on conflict (project_id) do update set last = event_heads.last + excluded.last
@@ -352,11 +453,14 @@ impl ProjectTx {
             usage.map(|usage| usage.estimated),
             kind,
             subject,
-            job.map(|(_, lease)| lease),
+            self.fenced.map(|(_, lease)| lease),
             events.count(),
             &events.names as _,
             &events.payloads,
-            events.at
+            events.at,
+            assumed.map(|assumed| assumed.updated_at),
+            assumed.map(|assumed| assumed.task),
+            closing.done
         )
         .fetch_one(connection)
         .await?;

@@ -46,7 +46,7 @@ mod webhooks;
 pub use agents::{AgentRow, NewAgent};
 pub use approvals::{ApprovalRow, NewApproval};
 pub use barriers::{BarrierRow, BarrierState, NewBarrier};
-use closing::Closing;
+use closing::{Assumed, Closing};
 pub use credentials::{CredentialRow, SealedCredential};
 pub use deliveries::{
     AttemptRow, DeliveryFilter, DeliveryRow, Health, NewAttempt, NewDelivery, Route,
@@ -114,6 +114,10 @@ pub enum StoreError {
     /// Someone else has the job, or it was called off: what was done for it must not be written.
     #[error("the lease is lost")]
     LeaseLost,
+    /// What the change was made from has changed since, or the lease is lost: it is to be made again from what is there now, see
+    /// [`ProjectTx::assume`]. Nothing was written.
+    #[error("it has changed since it was read")]
+    Stale,
     /// A constraint, by its name, refuses the change.
     #[error("constraint {0} refuses the change")]
     Constraint(String),
@@ -321,6 +325,7 @@ impl ProjectDb {
             db: self.clone(),
             closing: Closing::default(),
             fenced: None,
+            assumed: None,
             events: Vec::new(),
             called_off: Vec::new(),
             left_parked: Vec::new(),
@@ -342,8 +347,10 @@ pub struct ProjectTx {
     db: ProjectDb,
     /// What is written last, with the events.
     closing: Closing,
-    /// The job and its lease that fence this change: its row is locked.
+    /// The job and its lease that fence this change: its row is locked, or will be with the first statement.
     fenced: Option<(Job, i64)>,
+    /// What the change takes for granted, until a statement has proved it.
+    assumed: Option<Assumed>,
     /// What the commit tells.
     events: Vec<Event>,
     /// Jobs that are owed no longer.
@@ -375,10 +382,14 @@ impl ProjectTx {
 
     /// The transaction, to be kept or committed.
     async fn begun(&mut self) -> Result<sqlx::Transaction<'static, sqlx::Postgres>> {
-        match self.tx.take() {
-            Some(tx) => Ok(tx),
-            None => Ok(self.db.pool.begin().await?),
+        if let Some(tx) = self.tx.take() {
+            return Ok(tx);
         }
+        let mut tx = self.db.pool.begin().await?;
+        if let Some(assumed) = self.assumed.take() {
+            self.prove(&mut tx, &assumed).await?;
+        }
+        Ok(tx)
     }
 
     /// Commits with the events gathered, forgets what this process knew of the project if that has changed

@@ -259,11 +259,19 @@ impl ProjectTx {
     pub async fn hold_needs(&mut self, needs: &[Id<ids::Task>]) -> Result<Vec<Need>> {
         let ids: Vec<Uuid> = needs.iter().map(|need| need.uuid()).collect();
         let rows = sqlx::query!(
-            "select id, status, title from tasks where project_id = $1 and id = any($2) order by id for share",
+            "select id, status, title from tasks where project_id = $1 and id = any($2) order by id for no key update",
             self.db.project,
             &ids
         )
         .fetch_all(self.open().await?)
+        .await?;
+        // Whoever ends one without holding it must notice.
+        sqlx::query!(
+            "update tasks set needed = true where project_id = $1 and id = any($2) and not needed",
+            self.db.project,
+            &ids
+        )
+        .execute(self.open().await?)
         .await?;
         let mut held: Vec<Need> = rows
             .into_iter()
@@ -440,7 +448,9 @@ impl ProjectTx {
     /// # Errors
     /// Constraint `tasks_title_key`.
     pub async fn save_task(&mut self, task: &mut Task) -> Result<()> {
-        task.updated_at = to_micros(Utc::now()).max(task.updated_at);
+        // Later than before, whatever the clock says: it tells versions apart, see [`ProjectTx::assume`].
+        let next = task.updated_at + chrono::TimeDelta::microseconds(1);
+        task.updated_at = to_micros(Utc::now()).max(next);
         let events = task.take_events();
         let moved = events.iter().any(|event| event.name == "task:transition");
         self.events.extend(events);

@@ -227,24 +227,28 @@ impl Gate {
         }
     }
 
-    /// The gate that stands in a task's way at a hook, if one does.
+    /// The gate that stands in a task's way at a hook, if one does. Conditions see `data` besides the task.
     pub fn closed<'a>(
         gates: &'a [Self],
         hook: Hook,
         task: &Task,
-        context: &Value,
+        data: &Value,
     ) -> Option<&'a Self> {
         let mut there: Vec<&Self> = gates
             .iter()
             .filter(|gate| gate.hook == hook && !task.document.passed_gates.contains(&gate.id))
             .collect();
+        if there.is_empty() {
+            return None;
+        }
         there.sort_by_key(|gate| gate.priority.unwrap_or(50));
-        there.into_iter().find(|gate| gate.is_closed(context))
+        let seen = context(task, hook, data);
+        there.into_iter().find(|gate| gate.is_closed(&seen))
     }
 }
 
 /// What expressions can see of a task.
-pub fn context(task: &Task, hook: Hook, data: &Value) -> Value {
+fn context(task: &Task, hook: Hook, data: &Value) -> Value {
     let mission = task.mission.map_or_else(
         || json!({}),
         |place| json!({"id": place.mission, "group": task.group, "run": place.run}),

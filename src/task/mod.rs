@@ -22,7 +22,7 @@ pub use expectation::{
     Confidence, Dimension, Expectation, ExpectedOutcome, Outcome, OutcomeKind, refuse_metrics,
 };
 pub use expression::{check_expression, holds};
-pub use gate::{Gate, GateHandler, Hook, LONGEST_TIME, ON_TIMEOUT, OnTimeout, context};
+pub use gate::{Gate, GateHandler, Hook, LONGEST_TIME, ON_TIMEOUT, OnTimeout};
 pub use policy::{Failure, Follow, Level, backoff};
 pub use review::{
     Assessment, Check, DEFAULT_THRESHOLD, REVIEWERS, Review, Score, Trigger, answer_schema,

@@ -11,7 +11,7 @@ use tokio::time::{Instant, sleep_until};
 
 use super::record::{Recorder, replay, without_nul};
 use super::surroundings::surroundings;
-use super::task::{commit, model, pass, pause};
+use super::task::{Hold, commit, model, pass, pause};
 use super::{Held, Result, WorkError};
 use crate::agent::{
     self, Course, OutputFormat, Persona, Repair, Step, Toolbox, TurnError, TurnEvent, system_prompt,
@@ -412,9 +412,15 @@ async fn conclude(
     let succeeded = ending.reason == EndReason::Finished;
     let last = recorder.last_step();
     let mut patience = Patience::default();
+    // What a mission's task leads to is read from what is held.
+    let mut hold = match task.mission {
+        None => Hold::Later,
+        Some(_) => Hold::Now,
+    };
     loop {
         let concluded = try_conclude(
             held,
+            hold,
             &task,
             settings,
             &recorder,
@@ -425,6 +431,7 @@ async fn conclude(
         )
         .await;
         match concluded {
+            Err(WorkError::Stale) => hold = Hold::Now,
             Err(WorkError::Unavailable(error)) => patience.wait(held, error).await?,
             concluded => return concluded,
         }
@@ -452,6 +459,7 @@ impl Patience {
 )]
 async fn try_conclude(
     held: &Held,
+    hold: Hold,
     before: &Task,
     settings: &Settings,
     recorder: &Recorder<'_>,
@@ -462,7 +470,13 @@ async fn try_conclude(
 ) -> Result<Option<Task>> {
     let db = &held.lease.db;
     let mut tx = db.begin();
-    let mut task = tx.lock_task_under(&held.lease, before.id).await?;
+    let mut task = match hold {
+        Hold::Later => {
+            tx.assume(&held.lease, before);
+            before.clone().restored(before.status())
+        }
+        Hold::Now => tx.lock_task_under(&held.lease, before.id).await?,
+    };
     if task.status() != Status::InProgress || task.run != before.run {
         return Err(WorkError::LeaseLost);
     }

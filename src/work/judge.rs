@@ -18,8 +18,8 @@ use crate::lifecycle::{self, Aftermath, after_failure};
 use crate::store::{CallUsage, NewStep, StepKind, StoreError, storable};
 use crate::task::{
     Assessment, Bypass, Check, Confidence, Dimension, Expectation, Failure, Gate, Hook, REVIEWERS,
-    Review, Settings, Status, Task, Trigger, answer_schema, assessment, context,
-    default_dimensions, instructions, judge, material, may_correct_threshold, read_answer,
+    Review, Settings, Status, Task, Trigger, answer_schema, assessment, default_dimensions,
+    instructions, judge, material, may_correct_threshold, read_answer,
 };
 
 /// Judges a task's work, and does what follows from the verdict.
@@ -52,8 +52,7 @@ async fn stands_before(
     hook: Hook,
     data: &Value,
 ) -> Result<bool> {
-    let seen = context(task, hook, data);
-    let Some(gate) = Gate::closed(&settings.approval_gates, hook, task, &seen) else {
+    let Some(gate) = Gate::closed(&settings.approval_gates, hook, task, data) else {
         return Ok(false);
     };
     let db = &held.lease.db;
@@ -103,12 +102,11 @@ async fn settle(
     if let Some(result) = &mut task.document.result {
         result.assessment = Some(data.clone());
     }
-    let seen = context(&task, Hook::AssessmentComplete, &data);
     let aftermath = match Gate::closed(
         &settings.approval_gates,
         Hook::AssessmentComplete,
         &task,
-        &seen,
+        &data,
     ) {
         Some(gate) => {
             task.go(Status::AwaitingApproval)

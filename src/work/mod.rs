@@ -70,6 +70,9 @@ enum WorkError {
     /// It is someone else's now, or nobody's.
     #[error("the lease is lost")]
     LeaseLost,
+    /// What it was decided from has changed since: look again.
+    #[error("it has changed since it was read")]
+    Stale,
     /// What it is about was deleted, or something that this needs.
     #[error("something of it is gone")]
     Gone,
@@ -85,6 +88,7 @@ impl From<StoreError> for WorkError {
     fn from(error: StoreError) -> Self {
         match error {
             StoreError::LeaseLost => Self::LeaseLost,
+            StoreError::Stale => Self::Stale,
             StoreError::NotFound => Self::Gone,
             StoreError::Unavailable(_) => Self::Unavailable(error.into()),
             error => Self::Defect(error.into()),
@@ -492,6 +496,9 @@ impl Held {
         let returned = match done {
             Ok(Ok(()) | Err(WorkError::LeaseLost)) => return,
             Ok(Err(WorkError::Gone)) => self.drop_if_gone().await,
+            Ok(Err(WorkError::Stale)) => {
+                self.put_off(Duration::ZERO).await.map_err(WorkError::from)
+            }
             Ok(Err(WorkError::Unavailable(error))) => {
                 tracing::warn!(job = ?self.lease.job, "a job must wait for the database: {error:#}");
                 self.put_off(REST).await.map_err(WorkError::from)

@@ -13,7 +13,7 @@ use crate::lifecycle::{self, Aftermath, complete};
 use crate::llm::Provider;
 use crate::store::{AgentRow, Job, ProjectDb, ProjectTx, StoreError};
 use crate::task::{
-    Bypass, EndReason, Gate, Hook, Phase, Settings, Status, Task, TaskResult, backoff, context,
+    Bypass, EndReason, Gate, Hook, Phase, Settings, Status, Task, TaskResult, backoff,
 };
 
 /// Takes a task as far as it goes.
@@ -65,12 +65,35 @@ fn after(task: Option<Task>) -> Next {
     }
 }
 
+/// How a task is taken into a change.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Hold {
+    /// As it is known, in the hope that it is still so. If not, nothing is written.
+    Later,
+    /// As it is now, held until the commit.
+    Now,
+}
+
 /// Sees how a task stands, and hands it to its agent if that is next and everything is there that it needs.
 async fn look(held: &Held, id: Id<ids::Task>, ours: bool) -> Result<Next> {
+    match try_look(held, id, ours, Hold::Later).await {
+        Err(WorkError::Stale) => try_look(held, id, ours, Hold::Now).await,
+        next => next,
+    }
+}
+
+async fn try_look(held: &Held, id: Id<ids::Task>, ours: bool, hold: Hold) -> Result<Next> {
     let db = &held.lease.db;
     let settings = db.settings().await?;
     let mut tx = db.begin();
-    let mut task = tx.lock_task_under(&held.lease, id).await?;
+    let mut task = match hold {
+        Hold::Later => {
+            let task = db.task(id).await?;
+            tx.assume(&held.lease, &task);
+            task
+        }
+        Hold::Now => tx.lock_task_under(&held.lease, id).await?,
+    };
     let next = match task.status() {
         Status::Pending if task.document.escalation_owed => Next::Escalate(Box::new(task)),
         Status::Pending | Status::Assigned => start(held, &mut tx, task, &settings).await?,
@@ -166,8 +189,7 @@ async fn start(
     if task.status() == Status::Pending {
         let data = json!({"from": Status::Pending, "to": Status::Assigned, "agent": agent.name});
         for hook in [Hook::TaskSpawn, Hook::TaskTransition] {
-            let seen = context(&task, hook, &data);
-            if let Some(gate) = Gate::closed(&settings.approval_gates, hook, &task, &seen) {
+            if let Some(gate) = Gate::closed(&settings.approval_gates, hook, &task, &data) {
                 illegal(task.go(Status::AwaitingApproval))?;
                 lifecycle::request_approval(tx, &mut task, gate, hook).await?;
                 lifecycle::save(tx, db, &mut task).await?;
