@@ -24,6 +24,14 @@ const GATHER: Duration = Duration::from_millis(3);
 const GATHER_TURNS: Duration = Duration::from_millis(20);
 /// Postgres takes payloads of less than 8,000 bytes.
 const PAYLOAD: usize = 7_900;
+/// What a process says to be heard of.
+const HELLO: &str = "!";
+/// How often it does.
+const GREETS: Duration = Duration::from_secs(5);
+/// How long a process that has said so is taken to be there.
+const PRESENT: Duration = Duration::from_secs(16);
+/// How long it takes a newcomer's word to be heard by all, at most.
+const HEARD: Duration = Duration::from_millis(100);
 /// How long a task's words are written down after someone asked for them.
 pub(super) const FOLLOWED: Duration = Duration::from_secs(15);
 
@@ -102,6 +110,9 @@ pub(super) struct Bell {
     /// Projects whose chat turns have left events that are not in the log.
     untold: Mutex<HashSet<(World, Uuid)>>,
     turns: Notify,
+    /// Until when there are taken to be other processes. While there are none, nobody is told.
+    others: Mutex<Instant>,
+    listening: Notify,
     /// Whether wake-ups are lost.
     muted: AtomicBool,
     /// Tells this process' own notifications from others'.
@@ -121,6 +132,8 @@ impl Default for Bell {
             news: Notify::new(),
             untold: Mutex::default(),
             turns: Notify::new(),
+            others: Mutex::new(Instant::now() + PRESENT),
+            listening: Notify::new(),
             muted: AtomicBool::new(false),
             origin: Uuid::now_v7().simple().to_string(),
         }
@@ -199,6 +212,15 @@ impl Bell {
         }
     }
 
+    /// Another process has said something.
+    fn hear(&self, now: Instant) {
+        *self.others.lock().expect(POISONED) = now + PRESENT;
+    }
+
+    fn is_alone(&self, now: Instant) -> bool {
+        *self.others.lock().expect(POISONED) < now
+    }
+
     fn take_outgoing(&self) -> Vec<String> {
         let topics = std::mem::take(&mut *self.outgoing.lock().expect(POISONED));
         let mut payloads = vec![self.origin.clone()];
@@ -242,7 +264,8 @@ impl Db {
             self.send_wakeups(),
             self.hear_wakeups(),
             self.wake_couriers(),
-            self.tell_turns()
+            self.tell_turns(),
+            self.greet()
         );
     }
 
@@ -286,16 +309,44 @@ impl Db {
             self.bell.something.notified().await;
             tokio::time::sleep(GATHER).await;
             for payload in self.bell.take_outgoing() {
-                let sent = sqlx::query_scalar!(
-                    r#"select pg_notify($1, $2)::text as "sent""#,
-                    CHANNEL,
-                    payload
-                )
-                .fetch_one(&self.platform)
-                .await;
-                if let Err(error) = sent {
+                if self.bell.is_alone(Instant::now()) {
+                    continue;
+                }
+                if let Err(error) = self.notify(&payload).await {
                     // The others look by themselves within half a second.
                     tracing::warn!("other processes are not woken: {error}");
+                }
+            }
+        }
+    }
+
+    async fn notify(&self, payload: &str) -> Result<()> {
+        sqlx::query_scalar!(
+            r#"select pg_notify($1, $2)::text as "sent""#,
+            CHANNEL,
+            payload
+        )
+        .fetch_one(&self.platform)
+        .await?;
+        Ok(())
+    }
+
+    /// Says now and then that this process is there to be woken.
+    async fn greet(&self) {
+        loop {
+            let hello = format!("{} {HELLO}", self.bell.origin);
+            if let Err(error) = self.notify(&hello).await {
+                tracing::debug!("other processes do not hear of this one: {error}");
+            }
+            tokio::select! {
+                () = tokio::time::sleep(GREETS) => {}
+                () = self.bell.listening.notified() => {
+                    // Whoever was alone until now has told nobody: after it has heard of this one, everyone looks once more.
+                    if let Err(error) = self.notify(&hello).await {
+                        tracing::debug!("other processes do not hear of this one: {error}");
+                    }
+                    tokio::time::sleep(HEARD).await;
+                    self.bell.ring_all_here();
                 }
             }
         }
@@ -316,9 +367,11 @@ impl Db {
         loop {
             // What was said while there was no connection is lost: everyone looks.
             self.bell.ring_all_here();
+            self.bell.listening.notify_one();
             while let Some(notification) = listener.try_recv().await? {
                 let mut words = notification.payload().split(' ');
                 if words.next() != Some(&self.bell.origin) {
+                    self.bell.hear(Instant::now());
                     words
                         .filter_map(Topic::read)
                         .for_each(|topic| self.bell.ring_here(topic));
@@ -353,6 +406,17 @@ mod tests {
         for text in ["", "x", "w", "w-", "e", "epnonsense"] {
             assert_eq!(Topic::read(text), None, "{text}");
         }
+    }
+
+    #[test]
+    fn a_process_that_hears_of_no_other_is_alone_after_a_while() {
+        let bell = Bell::default();
+        let started = Instant::now();
+        assert!(!bell.is_alone(started), "others may have greeted before");
+        let later = Instant::now() + PRESENT + Duration::from_millis(1);
+        assert!(bell.is_alone(later));
+        bell.hear(later);
+        assert!(!bell.is_alone(later + PRESENT));
     }
 
     #[tokio::test]
