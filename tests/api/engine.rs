@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use polpo::ids::Id;
-use polpo::store::{Holder, Job, Lane, Lease, ProjectDb, StoreError, World};
+use polpo::store::{Holder, Job, Lane, Lease, ProjectDb, ProjectTx, RunStatus, StoreError, World};
+use polpo::task::{Bypass, Status};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use serde_json::{Value, json};
@@ -37,6 +38,100 @@ async fn what_a_process_holds_that_stopped_in_the_middle_of_a_change_is_let_go()
     assert_eq!(status, 200, "{body}");
     let late = stopped.commit().await;
     assert!(late.is_err(), "{late:?}");
+}
+
+/// Claims a task's job without a worker, and ends the task on what it looked like then: not committed yet.
+async fn assumed_end(app: &TestApp, task: &str) -> (Lease, ProjectTx) {
+    let db = &app.app.db;
+    let claimed = db.claim(World::Live, Lane::Engine, Holder::new(1), Uuid::nil(), 10);
+    let lease = claimed.await.unwrap().leases.remove(0);
+    let mut known = lease.db.task(task.parse().unwrap()).await.unwrap();
+    let mut tx = lease.db.begin();
+    tx.assume(&lease, &known);
+    known.bypass(Bypass::Stopped);
+    tx.end_run(Id::new(), RunStatus::Finished, None);
+    tx.call_off(lease.job).await.unwrap();
+    tx.save_task(&mut known).await.unwrap();
+    (lease, tx)
+}
+
+#[tokio::test]
+async fn what_was_decided_from_something_that_has_changed_is_not_written() {
+    let app = TestApp::start_with(&["--role-of-test", "api"]).await;
+    app.agent("noor").await;
+    for disturbed_by in [
+        "nothing",
+        "a change",
+        "one that needs it",
+        "another's lease",
+    ] {
+        let task = app.task(disturbed_by, json!({})).await;
+        let (lease, tx) = assumed_end(&app, &task).await;
+        match disturbed_by {
+            "a change" => {
+                let change = app.patch(&format!("/v1/tasks/{task}"), json!({"description": "e"}));
+                assert_eq!(answer(change).await.0, 200);
+            }
+            "one that needs it" => {
+                app.task("needs it", json!({"dependsOn": [task], "draft": true}))
+                    .await;
+            }
+            "another's lease" => {
+                let mut other = lease.db.begin();
+                other
+                    .enqueue(lease.job, 1.0, Duration::from_secs(60))
+                    .await
+                    .unwrap();
+                other.commit().await.unwrap();
+            }
+            _ => {}
+        }
+        let committed = tx.commit().await;
+        let now = lease.db.task(task.parse().unwrap()).await.unwrap().status();
+        if disturbed_by == "nothing" {
+            assert!(committed.is_ok(), "{committed:?}");
+            assert_eq!(now, Status::Failed);
+        } else {
+            assert!(
+                matches!(committed, Err(StoreError::Stale)),
+                "{disturbed_by}: {committed:?}"
+            );
+            assert_eq!(now, Status::Pending, "{disturbed_by}");
+        }
+        let told = app.events("task:transition").await;
+        assert_eq!(told.len(), 1, "{disturbed_by}: {told:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_task_does_not_end_unseen_by_one_that_comes_to_need_it_at_that_moment() {
+    let app = TestApp::start_with(&["--role-of-test", "api"]).await;
+    app.agent("noor").await;
+    let task = app.task("need", json!({})).await;
+    let other = app.task("other", json!({"draft": true})).await;
+    let (_, tx) = assumed_end(&app, &task).await;
+    let connect = async || PgConnection::connect(&app.database_url).await.unwrap();
+    let (mut one, mut watch) = (connect().await, connect().await);
+    // As whoever creates a task does that needs it.
+    let mut create = one.begin().await.unwrap();
+    let uuid = |id: &str| id.parse::<Id<polpo::ids::Task>>().unwrap().uuid();
+    sqlx::query("update production.tasks set needed = true where id = $1")
+        .bind(uuid(&task))
+        .execute(&mut *create)
+        .await
+        .unwrap();
+    sqlx::query("insert into production.dependencies select project_id, $1, $2 from production.tasks where id = $1")
+        .bind(uuid(&other))
+        .bind(uuid(&task))
+        .execute(&mut *create)
+        .await
+        .unwrap();
+    let committed = async {
+        eventually("the end waits", async || waiting(&mut watch).await > 0).await;
+        create.commit().await.unwrap();
+    };
+    let (ended, ()) = tokio::join!(tx.commit(), committed);
+    assert!(matches!(ended, Err(StoreError::Stale)), "{ended:?}");
 }
 
 #[tokio::test]

@@ -243,6 +243,88 @@ async fn an_id_that_is_none_is_400_and_one_that_is_pruned_410() {
 }
 
 #[tokio::test]
+async fn what_is_said_in_chats_is_told_in_order_and_once() {
+    let app = TestApp::start().await;
+    app.agent("noor").await;
+    let mut reader = Reader::open(&app, &app.url, "?filter=session:*,message:*", None).await;
+    let mut session = String::new();
+    for turn in 0..2 {
+        app.upstream.will_say("Hello.");
+        let said = json!({"agent": "noor", "messages": [{"role": "user", "content": "Hi"}]});
+        let mut request = app.chat(said);
+        if turn > 0 {
+            request = request.header("x-session-id", &session);
+        }
+        let response = request.send().await.unwrap();
+        assert_eq!(response.status(), 200);
+        let header = response.headers()["x-session-id"].to_str().unwrap();
+        header.clone_into(&mut session);
+    }
+    let mut told = Vec::new();
+    for _ in 0..5 {
+        let (_, name, data) = reader.frame().await;
+        let data: Value = serde_json::from_str(&data).unwrap();
+        assert_eq!(data["sessionId"], session.as_str(), "{data}");
+        assert!(data["timestamp"].is_string());
+        told.push((name, data));
+    }
+    let names: Vec<String> = told
+        .iter()
+        .map(|(name, data)| format!("{name} {}", data["role"].as_str().unwrap_or("-")))
+        .collect();
+    let expected = [
+        "session:created -",
+        "message:added user",
+        "message:added assistant",
+        "message:added user",
+        "message:added assistant",
+    ];
+    assert_eq!(names, expected);
+    let stored = answer(app.get(&format!("/v1/chat/sessions/{session}/messages")))
+        .await
+        .1;
+    let ids: Vec<&Value> = stored["messages"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|message| &message["id"])
+        .collect();
+    let told_ids: Vec<&Value> = told[1..]
+        .iter()
+        .map(|(_, data)| &data["messageId"])
+        .collect();
+    assert_eq!(told_ids, ids);
+    let import = json!({"title": "Old", "messages": [{"role": "user", "content": "a"}]});
+    let imported = answer(app.post("/v1/chat/sessions/import", import)).await.1;
+    let (_, name, data) = reader.frame().await;
+    let data: Value = serde_json::from_str(&data).unwrap();
+    assert_eq!(name, "session:created");
+    assert_eq!(data["sessionId"], imported["sessionId"]);
+    assert_eq!(
+        (&data["title"], &data["messageCount"]),
+        (&json!("Old"), &json!(1))
+    );
+}
+
+#[tokio::test]
+async fn chats_of_a_process_that_is_gone_are_told_by_another() {
+    // It is as good as gone: whatever it has to say after its commits is lost.
+    let app = TestApp::start_with(&["--mute", "true"]).await;
+    app.agent("noor").await;
+    app.upstream.will_say("Hello.");
+    let said = json!({"agent": "noor", "messages": [{"role": "user", "content": "Hi"}]});
+    assert_eq!(answer(app.chat(said)).await.0, 200);
+    let db = &app.app.db;
+    eventually("all is told", async || {
+        db.tell_left_untold(World::Live).await.unwrap();
+        app.events("session:*,message:*").await.len() == 3
+    })
+    .await;
+    db.tell_left_untold(World::Live).await.unwrap();
+    assert_eq!(app.events("session:*,message:*").await.len(), 3);
+}
+
+#[tokio::test]
 async fn nobody_else_hears_anything() {
     let app = TestApp::start().await;
     app.agent("noor").await;

@@ -494,6 +494,43 @@ async fn an_agent_uses_its_tools_and_hands_over_outcomes() {
     );
     assert_eq!(activity["entries"][4]["data"]["state"], "error");
     assert_eq!(names(&app, "agent:activity").await.len(), 3);
+    transcript_reads_like_a_session(&app, &task, &activity).await;
+}
+
+async fn transcript_reads_like_a_session(app: &TestApp, task: &Value, activity: &Value) {
+    let session = &task["sessionId"];
+    assert_eq!(activity["sessionId"], *session);
+    assert_eq!(activity["sessionResolution"], "explicit");
+    assert_eq!(
+        app.events("agent:finished").await[0].1["sessionId"],
+        *session
+    );
+    let path = format!("/v1/chat/sessions/{}/messages", session.as_str().unwrap());
+    let (status, all) = answer(app.get(&path)).await;
+    assert_eq!(status, 200, "{all}");
+    assert_eq!(all["session"]["title"], task["title"]);
+    assert_eq!(all["session"]["agent"], "noor");
+    assert_eq!(all["session"]["metadata"]["taskId"], task["id"]);
+    let messages = all["messages"].as_array().unwrap();
+    let roles: Vec<&str> = messages
+        .iter()
+        .map(|message| message["role"].as_str().unwrap())
+        .collect();
+    assert_eq!(roles, ["user", "assistant", "assistant", "assistant"]);
+    assert_eq!(messages[0]["content"], task["description"]);
+    assert_eq!(messages[1]["toolCalls"].as_array().unwrap().len(), 2);
+    assert!(messages[1]["toolCalls"][0]["result"].is_string());
+    let last = messages[3]["id"].as_str().unwrap();
+    let (_, before) = answer(app.get(&format!("{path}?before={last}&limit=2"))).await;
+    assert_eq!(before["messages"], json!([messages[2]]));
+    let stranger = app
+        .client
+        .get(format!("{}{path}", app.url))
+        .bearer_auth(&app.test);
+    assert_eq!(answer(stranger).await.0, 404);
+    // It is not among the chats.
+    let (_, chats) = answer(app.get("/v1/chat/sessions")).await;
+    assert_eq!(chats["sessions"], json!([]));
 }
 
 #[tokio::test]
