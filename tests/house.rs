@@ -169,7 +169,7 @@ const FOR_ALL_PROJECTS: &[&str] = &[
     "delete from changes where at <",
     // Leases: a process claims the work of all projects, each with the door to its own.
     "update jobs set ready = true, holder = null\n            where not ready and due_at",
-    "select min(due_at) from jobs",
+    "select min(due_at) as at",
     "with holders as (",
     "update jobs set due_at = clock_timestamp() + make_interval(secs => $3",
 ];
