@@ -207,6 +207,14 @@ impl App {
         Ok(())
     }
 
+    /// Has Postgres know how large tables have become.
+    async fn look_at_grown_tables(&self) -> StoreResult<()> {
+        for world in World::ALL {
+            self.db.look_at_grown_tables(world).await?;
+        }
+        Ok(())
+    }
+
     /// Deletes events that are older than they are kept, and deliveries that ended so long ago.
     async fn prune_events(&self) -> StoreResult<()> {
         let kept = chrono::Duration::hours(i64::from(self.config.event_retention_hours));
@@ -231,6 +239,7 @@ impl App {
                         app.db.record_key_use().await?;
                         app.tell_left_untold().await?;
                         if role != Role::Api {
+                            app.look_at_grown_tables().await?;
                             app.wake_parked_jobs().await?;
                             app.db.prune_changes().await?;
                             app.prune_events().await?;

@@ -36,6 +36,7 @@ mod runs;
 mod schedules;
 mod sessions;
 mod settings;
+mod statistics;
 mod tasks;
 mod teams;
 mod turns;

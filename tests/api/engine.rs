@@ -135,6 +135,50 @@ async fn a_task_does_not_end_unseen_by_one_that_comes_to_need_it_at_that_moment(
 }
 
 #[tokio::test]
+async fn postgres_looks_at_tables_that_have_come_to_have_rows() {
+    let app = TestApp::start_with(&["--role-of-test", "api"]).await;
+    app.agent("noor").await;
+    app.task("a", json!({"draft": true})).await;
+    let mut database = PgConnection::connect(&app.database_url).await.unwrap();
+    let known = "select relname::text from pg_class
+        where relnamespace = 'production'::regnamespace and relname in ('tasks', 'missions') and reltuples >= 0";
+    let before: Vec<String> = sqlx::query_scalar(known)
+        .fetch_all(&mut database)
+        .await
+        .unwrap();
+    assert_eq!(before, Vec::<String>::new());
+    app.app.db.look_at_grown_tables(World::Live).await.unwrap();
+    let after: Vec<String> = sqlx::query_scalar(known)
+        .fetch_all(&mut database)
+        .await
+        .unwrap();
+    assert_eq!(after, ["tasks"], "the other has no rows");
+    let pages = "select relpages from pg_class where oid = 'production.tasks'::regclass";
+    for grows in [false, true, false] {
+        let small: i32 = sqlx::query_scalar(pages)
+            .fetch_one(&mut database)
+            .await
+            .unwrap();
+        if grows {
+            sqlx::query(
+                "insert into production.tasks (project_id, id, title, assign_to, status, document, created_at, updated_at)
+                select project_id, gen_random_uuid(), 't' || n, assign_to, status, document, created_at, updated_at
+                from production.tasks cross join generate_series(1, 100) as n",
+            )
+            .execute(&mut database)
+            .await
+            .unwrap();
+        }
+        app.app.db.look_at_grown_tables(World::Live).await.unwrap();
+        let large: i32 = sqlx::query_scalar(pages)
+            .fetch_one(&mut database)
+            .await
+            .unwrap();
+        assert_eq!(large > small, grows, "{small} pages, then {large}");
+    }
+}
+
+#[tokio::test]
 async fn a_change_is_made_while_steps_wait_for_someone_who_holds_their_jobs() {
     let app = TestApp::start().await;
     app.agent("noor").await;
