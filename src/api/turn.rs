@@ -289,7 +289,9 @@ async fn record(
     calls: &[CallUsage],
     status: RunStatus,
 ) -> Result<(), ApiError> {
+    let settings = turn.db.settings().await?;
     let record = TurnRecord {
+        tells: settings.chat_events,
         run: turn.run,
         session: turn.session,
         continues: turn.continues,

@@ -54,6 +54,8 @@ pub struct CallUsage {
 pub struct TurnRecord<'a> {
     /// The run's id.
     pub run: Id<Run>,
+    /// Whether anything is told of it.
+    pub tells: bool,
     /// The session that the messages belong to.
     pub session: Id<Session>,
     /// Whether the turn continues a session rather than opening it.
@@ -85,6 +87,9 @@ fn count(tokens: u64) -> i64 {
 impl TurnRecord<'_> {
     /// What is told of it, with the ids of its messages.
     fn events(&self, messages: &[Uuid]) -> Vec<Event> {
+        if !self.tells {
+            return Vec::new();
+        }
         let opened = (!self.continues && !messages.is_empty()).then(|| {
             let mut told = json!({"sessionId": self.session, "agent": self.agent.1});
             if let Some(title) = self.title {
@@ -188,7 +193,7 @@ impl ProjectDb {
                     with ordinality as c (id, model, prompt, completion, cached, reasoning, estimated, number)
             ), told as (
                 insert into untold (project_id, names, payloads, at)
-                select $1, $25, $26, $27 from session
+                select $1, $25::text[], $26::text[], $27 from session where cardinality($25::text[]) > 0
             )
             select count(*) as "count!" from session"#,
             self.project,
@@ -224,7 +229,7 @@ impl ProjectDb {
         if sessions == 0 && !turn.messages.is_empty() {
             return Err(StoreError::NotFound);
         }
-        if sessions > 0 {
+        if sessions > 0 && turn.tells {
             self.bell.ring_for_untold(self.world, self.project);
         }
         Ok(())

@@ -46,6 +46,8 @@ pub struct Settings {
     pub volatile_cleanup: Cleanup,
     /// Whether schedules begin missions.
     pub enable_scheduler: bool,
+    /// Whether chats tell `session:created` and `message:added`. It costs each turn a third more.
+    pub chat_events: bool,
 }
 
 impl Default for Settings {
@@ -69,6 +71,7 @@ impl Default for Settings {
             enable_volatile_teams: true,
             volatile_cleanup: Cleanup::OnComplete,
             enable_scheduler: true,
+            chat_events: false,
         }
     }
 }

@@ -242,9 +242,35 @@ async fn an_id_that_is_none_is_400_and_one_that_is_pruned_410() {
     assert_eq!(reader.frame().await.0, "evt_00004");
 }
 
+/// Has chats tell events.
+async fn chats_tell(app: &TestApp) {
+    let (status, body) = answer(app.patch("/v1/config", json!({"chatEvents": true}))).await;
+    assert_eq!(status, 200, "{body}");
+}
+
+#[tokio::test]
+async fn chats_tell_nothing_unless_they_are_to() {
+    let app = TestApp::start().await;
+    app.agent("noor").await;
+    for tells in [false, true] {
+        if tells {
+            chats_tell(&app).await;
+        }
+        app.upstream.will_say("Hello.");
+        let said = json!({"agent": "noor", "messages": [{"role": "user", "content": "Hi"}]});
+        assert_eq!(answer(app.chat(said)).await.0, 200);
+    }
+    eventually("the second is told of", async || {
+        !app.events("message:*").await.is_empty()
+    })
+    .await;
+    assert_eq!(app.events("session:*,message:*").await.len(), 3);
+}
+
 #[tokio::test]
 async fn what_is_said_in_chats_is_told_in_order_and_once() {
     let app = TestApp::start().await;
+    chats_tell(&app).await;
     app.agent("noor").await;
     let mut reader = Reader::open(&app, &app.url, "?filter=session:*,message:*", None).await;
     let mut session = String::new();
@@ -310,6 +336,7 @@ async fn what_is_said_in_chats_is_told_in_order_and_once() {
 async fn chats_of_a_process_that_is_gone_are_told_by_another() {
     // It is as good as gone: whatever it has to say after its commits is lost.
     let app = TestApp::start_with(&["--mute", "true"]).await;
+    chats_tell(&app).await;
     app.agent("noor").await;
     app.upstream.will_say("Hello.");
     let said = json!({"agent": "noor", "messages": [{"role": "user", "content": "Hi"}]});
