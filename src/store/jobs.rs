@@ -16,7 +16,8 @@ use crate::ids::{Approval, Barrier, Id, Mission, Run, Schedule, Task, Webhook};
 
 /// How long a claimer that says nothing keeps a job (design 0.1, Leases).
 pub const LEASE: Duration = Duration::from_secs(10);
-/// What is left of a lease, at least, after every commit for its job: one with less is extended. The heartbeat comes sooner.
+/// What is left of a lease, at least, after a claim, after each step on record and after each change that held the job: one with less is
+/// extended. The heartbeat comes sooner. What was assumed ([`ProjectTx::assume`]) extends nothing.
 pub const LONG_ENOUGH: Duration = Duration::from_secs(6);
 
 /// Work to be done without a request: ids, not data.
