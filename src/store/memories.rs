@@ -1,6 +1,7 @@
 //! Memories: free text that every run of an agent begins with.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::{ProjectDb, ProjectTx, Result, StoreError};
 
@@ -61,7 +62,7 @@ impl ProjectDb {
         Ok(content)
     }
 
-    /// What an agent remembers. No round trip on a warm path.
+    /// What an agent remembers. No round trip on a warm path, where another process' change is seen within a second.
     ///
     /// # Errors
     /// When the database cannot be reached.
@@ -69,6 +70,21 @@ impl ProjectDb {
         if let Some(memories) = self.warm.memories(self.project, self.world, agent) {
             return Ok(memories);
         }
+        self.read_memories(agent).await
+    }
+
+    /// What an agent remembers at this moment. No round trip on a warm path of a process that is alone.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn memories_now(&self, agent: &str) -> Result<Arc<Memories>> {
+        if self.bell.is_alone(Instant::now()) {
+            return self.memories(agent).await;
+        }
+        self.read_memories(agent).await
+    }
+
+    async fn read_memories(&self, agent: &str) -> Result<Arc<Memories>> {
         let generation = self.warm.generation();
         let rows = sqlx::query!(
             "select owner, content from memories where project_id = $1 and owner in ('', $2)",

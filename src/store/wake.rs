@@ -26,6 +26,10 @@ const GATHER_TURNS: Duration = Duration::from_millis(20);
 const PAYLOAD: usize = 7_900;
 /// What a process says to be heard of.
 const HELLO: &str = "!";
+/// What a process says when it begins to hear: who is there says so at once.
+const WHO: &str = "?";
+/// How long a process that has asked who is there waits before it takes itself to be alone.
+const ANSWERED: Duration = Duration::from_secs(1);
 /// How often it does.
 const GREETS: Duration = Duration::from_secs(5);
 /// How long a process that has said so is taken to be there.
@@ -110,9 +114,11 @@ pub(super) struct Bell {
     /// Projects whose chat turns have left events that are not in the log.
     untold: Mutex<HashSet<(World, Uuid)>>,
     turns: Notify,
-    /// Until when there are taken to be other processes. While there are none, nobody is told.
-    others: Mutex<Instant>,
+    /// Until when there are taken to be other processes; `None` while they could not be heard. While there are none, nobody is told.
+    others: Mutex<Option<Instant>>,
     listening: Notify,
+    /// Someone has asked who is there.
+    asked: Notify,
     /// Whether wake-ups are lost.
     muted: AtomicBool,
     /// Tells this process' own notifications from others'.
@@ -132,8 +138,9 @@ impl Default for Bell {
             news: Notify::new(),
             untold: Mutex::default(),
             turns: Notify::new(),
-            others: Mutex::new(Instant::now() + PRESENT),
+            others: Mutex::default(),
             listening: Notify::new(),
+            asked: Notify::new(),
             muted: AtomicBool::new(false),
             origin: Uuid::now_v7().simple().to_string(),
         }
@@ -214,11 +221,24 @@ impl Bell {
 
     /// Another process has said something.
     fn hear(&self, now: Instant) {
-        *self.others.lock().expect(POISONED) = now + PRESENT;
+        *self.others.lock().expect(POISONED) = Some(now + PRESENT);
     }
 
-    fn is_alone(&self, now: Instant) -> bool {
-        *self.others.lock().expect(POISONED) < now
+    /// Others are heard from now on, and have been asked whether they are there.
+    fn ask(&self, now: Instant) {
+        let mut others = self.others.lock().expect(POISONED);
+        *others = Some(others.unwrap_or(now).max(now + ANSWERED));
+    }
+
+    /// Others are not heard any more.
+    fn lose(&self) {
+        *self.others.lock().expect(POISONED) = None;
+    }
+
+    /// Whether this process has heard for long enough that there is no other.
+    pub(super) fn is_alone(&self, now: Instant) -> bool {
+        let others = *self.others.lock().expect(POISONED);
+        others.is_some_and(|until| until < now)
     }
 
     fn take_outgoing(&self) -> Vec<String> {
@@ -334,16 +354,16 @@ impl Db {
     /// Says now and then that this process is there to be woken.
     async fn greet(&self) {
         loop {
-            let hello = format!("{} {HELLO}", self.bell.origin);
-            if let Err(error) = self.notify(&hello).await {
-                tracing::debug!("other processes do not hear of this one: {error}");
-            }
+            self.say(HELLO).await;
             tokio::select! {
                 () = tokio::time::sleep(GREETS) => {}
+                () = self.bell.asked.notified() => {}
                 () = self.bell.listening.notified() => {
                     // Whoever was alone until now has told nobody: after it has heard of this one, everyone looks once more.
-                    if let Err(error) = self.notify(&hello).await {
-                        tracing::debug!("other processes do not hear of this one: {error}");
+                    if self.say(WHO).await {
+                        self.bell.ask(Instant::now());
+                    } else {
+                        self.bell.listening.notify_one();
                     }
                     tokio::time::sleep(HEARD).await;
                     self.bell.ring_all_here();
@@ -352,11 +372,21 @@ impl Db {
         }
     }
 
+    /// Says a word to all other processes; false when it did not get out.
+    async fn say(&self, word: &str) -> bool {
+        let said = self.notify(&format!("{} {word}", self.bell.origin)).await;
+        if let Err(error) = &said {
+            tracing::debug!("other processes do not hear of this one: {error}");
+        }
+        said.is_ok()
+    }
+
     async fn hear_wakeups(&self) {
         loop {
             if let Err(error) = self.listen().await {
                 tracing::warn!("wake-ups of other processes are not heard, trying again: {error}");
             }
+            self.bell.lose();
             tokio::time::sleep(Duration::from_millis(500)).await;
         }
     }
@@ -372,11 +402,17 @@ impl Db {
                 let mut words = notification.payload().split(' ');
                 if words.next() != Some(&self.bell.origin) {
                     self.bell.hear(Instant::now());
-                    words
-                        .filter_map(Topic::read)
-                        .for_each(|topic| self.bell.ring_here(topic));
+                    for word in words {
+                        if word == WHO {
+                            self.bell.asked.notify_one();
+                        } else if let Some(topic) = Topic::read(word) {
+                            self.bell.ring_here(topic);
+                        }
+                    }
                 }
             }
+            // The connection was lost; the listener makes another.
+            self.bell.lose();
         }
     }
 }
@@ -411,12 +447,20 @@ mod tests {
     #[test]
     fn a_process_that_hears_of_no_other_is_alone_after_a_while() {
         let bell = Bell::default();
-        let started = Instant::now();
-        assert!(!bell.is_alone(started), "others may have greeted before");
-        let later = Instant::now() + PRESENT + Duration::from_millis(1);
-        assert!(bell.is_alone(later));
-        bell.hear(later);
-        assert!(!bell.is_alone(later + PRESENT));
+        let now = Instant::now();
+        let moment = Duration::from_millis(1);
+        assert!(!bell.is_alone(now + PRESENT * 2), "nobody could be heard");
+        bell.ask(now);
+        assert!(!bell.is_alone(now + ANSWERED), "others may answer yet");
+        assert!(bell.is_alone(now + ANSWERED + moment));
+        bell.hear(now);
+        assert!(!bell.is_alone(now + PRESENT));
+        assert!(bell.is_alone(now + PRESENT + moment));
+        bell.hear(now);
+        bell.ask(now + moment);
+        assert!(!bell.is_alone(now + PRESENT), "one was heard before");
+        bell.lose();
+        assert!(!bell.is_alone(now + PRESENT * 2), "nobody can be heard");
     }
 
     #[tokio::test]

@@ -104,14 +104,14 @@ pub(super) async fn call(db: &ProjectDb, agent: &str, call: &ToolCall) -> Result
     let done = match call.name.as_str() {
         "memory_get" => {
             let Get { scope } = arguments(call)?;
-            let content = db.memory(owner(scope)).await;
-            return content
-                .map(Option::unwrap_or_default)
-                .map(|content| match content.as_str() {
-                    "" => "The memory is empty.".to_owned(),
-                    _ => content,
-                })
-                .map_err(explain);
+            let memories = db.memories_now(agent).await.map_err(explain)?;
+            let memory = match scope {
+                Scope::Agent => &memories.own,
+                Scope::Shared => &memories.shared,
+            };
+            return Ok(memory
+                .clone()
+                .unwrap_or_else(|| "The memory is empty.".to_owned()));
         }
         "memory_save" => {
             let Text { content, scope } = arguments(call)?;
