@@ -299,6 +299,7 @@ fn model_request(
         sampling: conversation.sampling,
         reasoning: conversation.reasoning.or(own_effort),
         whole: false,
+        permit: None,
     }
 }
 

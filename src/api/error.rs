@@ -241,7 +241,7 @@ impl From<ProviderError> for ApiError {
                 message: "The model's provider is limiting requests. Try again later.".to_owned(),
                 retry_after: retry_after.unwrap_or(Duration::from_secs(1)),
             },
-            ProviderError::Unavailable(_) => {
+            ProviderError::Unavailable(_) | ProviderError::NotPermitted => {
                 Self::Provider("The model's provider is unavailable. Try again.".to_owned())
             }
             ProviderError::Idle(_) => Self::ProviderTimeout,

@@ -261,6 +261,7 @@ mod tests {
             number,
             kind: StepKind::Model,
             body: json!({"message": {"content": text}}),
+            under_way: None,
             created_at: Utc::now(),
         }
     }

@@ -50,7 +50,8 @@ impl Provider for Anthropic {
             .header("x-api-key", self.key.expose_secret())
             .header("anthropic-version", "2023-06-01")
             .json(&body(&request)?);
-        let mut events = self.client.events(post).await?.boxed();
+        let permit = request.permit.as_deref();
+        let mut events = self.client.events(post, permit).await?.boxed();
         let stream = async_stream::try_stream! {
             let mut reader = Reader::default();
             while let Some(data) = events.next().await {

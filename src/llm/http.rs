@@ -11,8 +11,8 @@ use reqwest::header::{CONTENT_TYPE, RETRY_AFTER};
 use reqwest::{RequestBuilder, Response, StatusCode, Url};
 use serde_json::Value;
 
-use super::ProviderError;
 use super::sse::Decoder;
+use super::{Permit, ProviderError};
 use crate::net::{PublicOnly, is_private_literal};
 
 /// How long requests to providers may take, and where they may go.
@@ -106,19 +106,23 @@ impl HttpClient {
     pub(super) async fn events(
         &self,
         request: RequestBuilder,
+        permit: Option<&dyn Permit>,
     ) -> Result<impl Stream<Item = Result<String, ProviderError>> + Send + use<>, ProviderError>
     {
-        let response = self.send(request, self.settings.idle_timeout).await?;
+        let idle = self.settings.idle_timeout;
+        let response = self.send(request, permit, idle).await?;
         expect_type(&response, "text/event-stream")?;
-        Ok(events(
-            response.bytes_stream().boxed(),
-            self.settings.idle_timeout,
-        ))
+        Ok(events(response.bytes_stream().boxed(), idle))
     }
 
     /// Sends a request and returns its answer, JSON in one piece. Tried again like [`HttpClient::events`].
-    pub(super) async fn answer(&self, request: RequestBuilder) -> Result<Vec<u8>, ProviderError> {
-        let response = self.send(request, self.settings.answer_timeout).await?;
+    pub(super) async fn answer(
+        &self,
+        request: RequestBuilder,
+        permit: Option<&dyn Permit>,
+    ) -> Result<Vec<u8>, ProviderError> {
+        let silence = self.settings.answer_timeout;
+        let response = self.send(request, permit, silence).await?;
         expect_type(&response, "application/json")?;
         let mut pieces = response.bytes_stream();
         let mut body = Vec::new();
@@ -139,10 +143,11 @@ impl HttpClient {
         Ok(body)
     }
 
-    /// Waits `silence` for the head of each try's answer.
+    /// Waits `silence` for the head of each try's answer, and asks for its permit before each.
     async fn send(
         &self,
         request: RequestBuilder,
+        permit: Option<&dyn Permit>,
         silence: Duration,
     ) -> Result<Response, ProviderError> {
         let mut patience = PATIENCE;
@@ -151,6 +156,11 @@ impl HttpClient {
             let tried = request.try_clone().ok_or_else(|| {
                 ProviderError::Protocol("the request cannot be repeated".to_owned())
             })?;
+            if let Some(permit) = permit
+                && !permit.is_valid().await
+            {
+                return Err(ProviderError::NotPermitted);
+            }
             let error = match tokio::time::timeout(silence, tried.send()).await {
                 Err(_) => return Err(ProviderError::Idle(silence)),
                 Ok(Ok(response)) if response.status() == StatusCode::OK => return Ok(response),

@@ -44,6 +44,13 @@ pub trait Provider: Send + Sync + fmt::Debug {
 /// A model's answer in pieces; a whole one ends with exactly one [`ModelEvent::Finished`].
 pub type ModelStream = BoxStream<'static, Result<ModelEvent, ProviderError>>;
 
+/// The right to ask, which may be lost while a request waits for another try, or while its process is stopped.
+#[async_trait]
+pub trait Permit: Send + Sync + fmt::Debug {
+    /// Whether the request may leave. Asked right before each try.
+    async fn is_valid(&self) -> bool;
+}
+
 /// What a model is asked, in no vendor's words.
 #[derive(Debug, Clone, Default)]
 pub struct ModelRequest {
@@ -68,6 +75,8 @@ pub struct ModelRequest {
     /// Whether the answer is of use only as a whole. An adapter may then ask for it in one piece,
     /// which is cheaper for everybody; it yields the same events all the same.
     pub whole: bool,
+    /// Without it the request does not leave this process; `None` asks for none.
+    pub permit: Option<Arc<dyn Permit>>,
 }
 
 /// Which tool a model must call.
@@ -335,6 +344,9 @@ pub enum ProviderError {
     /// The answer cannot be read.
     #[error("the provider's answer could not be read: {0}")]
     Protocol(String),
+    /// The request's [`Permit`] is not valid any more: nothing was asked.
+    #[error("the right to ask the model was lost")]
+    NotPermitted,
 }
 
 impl ProviderError {

@@ -95,13 +95,14 @@ impl Provider for OpenAi {
         if !self.key.expose_secret().is_empty() {
             post = post.bearer_auth(self.key.expose_secret());
         }
+        let permit = request.permit.as_deref();
         let mut reader = Reader::default();
         if request.whole {
-            let mut events = reader.read(&self.client.answer(post).await?)?;
+            let mut events = reader.read(&self.client.answer(post, permit).await?)?;
             events.push(reader.finish(prompt_bytes)?);
             return Ok(futures::stream::iter(events).map(Ok).boxed());
         }
-        let mut events = self.client.events(post).await?.boxed();
+        let mut events = self.client.events(post, permit).await?.boxed();
         let stream = async_stream::try_stream! {
             while let Some(data) = events.next().await {
                 let data = data?;

@@ -404,7 +404,7 @@ impl ProjectTx {
                 from fine
                 where project_id = $1 and id = $2::uuid
             ), ended as (
-                update runs set status = $11, ended_at = clock_timestamp(), under_way = null
+                update runs set status = $11, ended_at = clock_timestamp()
                 from fine
                 where project_id = $1 and id = $10
                 returning task_id

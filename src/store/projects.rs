@@ -233,6 +233,12 @@ impl ProjectDb {
         sqlx::query!("delete from runs where project_id = $1", self.project)
             .execute(&mut *tx)
             .await?;
+        sqlx::query!(
+            "delete from model_calls where project_id = $1",
+            self.project
+        )
+        .execute(&mut *tx)
+        .await?;
         sqlx::query!("delete from playbooks where project_id = $1", self.project)
             .execute(&mut *tx)
             .await?;

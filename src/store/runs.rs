@@ -69,6 +69,8 @@ pub struct StepRow {
     pub kind: StepKind,
     /// What it came to.
     pub body: Value,
+    /// The tool call that may have begun after it.
+    pub under_way: Option<String>,
     /// When it was recorded.
     pub created_at: DateTime<Utc>,
 }
@@ -106,8 +108,6 @@ pub struct TranscriptRow {
 pub struct RunRow {
     /// Its id.
     pub id: Id<Run>,
-    /// The tool call that may have begun.
-    pub under_way: Option<String>,
     /// How it stands.
     pub status: String,
     /// When it began.
@@ -172,18 +172,13 @@ impl ProjectDb {
                 from held
                 where jobs.project_id = $1 and kind = $21 and subject = $2
                   and held.due_at < clock_timestamp() + make_interval(secs => $22)
-            ), ran as (
-                update runs set under_way = $9 from held
-                where runs.project_id = $1 and runs.id = $5
             ), stepped as (
-                insert into steps (project_id, run_id, number, kind, body, created_at)
-                select $1, $5, $6, $7, $8, $10 from held
+                insert into steps (project_id, run_id, number, kind, body, under_way, created_at)
+                select $1, $5, $6, $7, $8, $9, $10 from held
             ), called as (
                 insert into model_calls (project_id, run_id, number, id, model, prompt_tokens, completion_tokens,
                                          cached_tokens, reasoning_tokens, estimated)
                 select $1, $5, $6, $11, $12, $13, $14, $15, $16, $17 from held where $12::text is not null
-            ), spoken as (
-                delete from words using held where words.project_id = $1 and words.task_id = $2
             ), head as (
                 insert into event_heads (project_id, last) select $1, $18::bigint from held where $18::bigint > 0
                 on conflict (project_id) do update set last = event_heads.last + excluded.last
@@ -266,7 +261,7 @@ impl ProjectDb {
     pub async fn run(&self, run: Id<Run>) -> Result<RunRow> {
         Ok(sqlx::query_as!(
             RunRow,
-            "select id, under_way, status, started_at, ended_at from runs where project_id = $1 and id = $2",
+            "select id, status, started_at, ended_at from runs where project_id = $1 and id = $2",
             self.project,
             run.uuid()
         )
@@ -299,7 +294,7 @@ impl ProjectDb {
     /// When the database cannot be reached.
     pub async fn steps(&self, run: Id<Run>, from: i32, limit: i64) -> Result<Vec<StepRow>> {
         let rows = sqlx::query!(
-            "select number, kind, body, created_at from steps
+            "select number, kind, body, under_way, created_at from steps
             where project_id = $1 and run_id = $2 and number >= $3
             order by number
             limit $4",
@@ -316,6 +311,7 @@ impl ProjectDb {
                 number: row.number,
                 kind: StepKind::of(&row.kind),
                 body: row.body,
+                under_way: row.under_way,
                 created_at: row.created_at,
             })
             .collect())
@@ -335,7 +331,7 @@ impl ProjectDb {
             .map(|(run, number)| (run.uuid(), *number))
             .unzip();
         let rows = sqlx::query!(
-            "select s.run_id, s.number, s.kind, s.body, s.created_at
+            "select s.run_id, s.number, s.kind, s.body, s.under_way, s.created_at
             from unnest($2::uuid[], $3::integer[]) as f (run_id, number)
             join steps s on s.project_id = $1 and s.run_id = f.run_id and s.number >= f.number
             order by s.run_id, s.number
@@ -355,6 +351,7 @@ impl ProjectDb {
                     number: row.number,
                     kind: StepKind::of(&row.kind),
                     body: row.body,
+                    under_way: row.under_way,
                     created_at: row.created_at,
                 };
                 (row.run_id.into(), step)
@@ -537,7 +534,9 @@ impl ProjectTx {
     /// When the database refuses.
     pub async fn nothing_under_way(&mut self, run: Id<Run>) -> Result<()> {
         sqlx::query!(
-            "update runs set under_way = null where project_id = $1 and id = $2",
+            "update steps set under_way = null
+            where project_id = $1 and run_id = $2
+              and number = (select max(number) from steps where project_id = $1 and run_id = $2)",
             self.db.project,
             run.uuid()
         )

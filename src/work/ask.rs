@@ -9,9 +9,9 @@ use serde_json::Value;
 use super::record::without_nul;
 use super::task::named_model;
 use super::{Held, Result, WorkError};
-use crate::agent::{self, Course, OutputFormat, Repair, Toolbox, TurnEvent};
+use crate::agent::{self, Course, OutputFormat, Repair, Toolbox, TurnError, TurnEvent};
 use crate::ids::{self, Id};
-use crate::llm::{Message, ModelRequest, Part, ResponseFormat, Tool, ToolCall};
+use crate::llm::{Message, ModelRequest, Part, ProviderError, ResponseFormat, Tool, ToolCall};
 use crate::store::{CallUsage, Topic};
 
 /// A judge has no tools yet.
@@ -113,6 +113,7 @@ pub(super) async fn pose(held: &Held, question: Question<'_>) -> Result<Answer> 
         }],
         response_format,
         whole: true,
+        permit: Some(held.proof.clone()),
         ..ModelRequest::default()
     };
     let course = Course::chat(format, Repair::Once);
@@ -153,6 +154,9 @@ pub(super) async fn pose(held: &Held, question: Question<'_>) -> Result<Answer> 
                 usage.estimated |= step.usage.estimated;
             }
             Some(Ok(_)) => {}
+            Some(Err(TurnError::Provider(ProviderError::NotPermitted))) => {
+                return Err(WorkError::LeaseLost);
+            }
             Some(Err(error)) => {
                 return Ok(Answer {
                     text: Err(without_nul(&error.to_string())),

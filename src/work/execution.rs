@@ -18,7 +18,9 @@ use crate::agent::{
 };
 use crate::ids::{self, Id};
 use crate::lifecycle::{self, after_failure};
-use crate::llm::{Effort, FinishReason, Message, ModelRequest, Part, ToolCall, context_window};
+use crate::llm::{
+    Effort, FinishReason, Message, ModelRequest, Part, ProviderError, ToolCall, context_window,
+};
 use crate::store::{AgentRow, ProjectTx, RunStatus, Topic};
 use crate::task::{EndReason, Failure, Phase, Settings, Status, Task, TaskResult};
 use crate::tools::ServerTools;
@@ -130,7 +132,8 @@ pub(super) async fn execute(
         held.app.fetcher.clone(),
     ));
     let mut recorder = Recorder::new(held, &task, run, model_name.clone());
-    let memories = db.memories(&agent.name).await?;
+    // A task that this one needed may have written to them, a moment ago and elsewhere.
+    let memories = db.memories_now(&agent.name).await?;
     let around = surroundings(db, &task).await?;
     let first = Message::User {
         content: vec![Part::Text {
@@ -146,6 +149,7 @@ pub(super) async fn execute(
         system: Some(prompt(&task, &agent, &memories, around)),
         messages,
         reasoning: effort(&agent),
+        permit: Some(held.proof.clone()),
         ..ModelRequest::default()
     };
     let most = agent.definition.get("maxTurns").and_then(Value::as_u64);
@@ -320,6 +324,9 @@ async fn follow(
                         TurnEnd::Whole,
                     );
                     return Ok(Followed::Ended(whole));
+                }
+                Some(Err(TurnError::Provider(ProviderError::NotPermitted))) => {
+                    return Err(WorkError::LeaseLost);
                 }
                 Some(Err(error)) => return Ok(Followed::Ended(TurnEnd::Limit(broken(&error)))),
                 Some(Ok(event)) => {

@@ -20,9 +20,7 @@ use uuid::Uuid;
 
 use crate::app::App;
 use crate::lifecycle::{self, LifecycleError};
-use crate::store::{
-    Claimed, Holder, Job, LONG_ENOUGH, Lane, Lease, SUSPENDED, StoreError, World, until,
-};
+use crate::store::{Claimed, Holder, Job, Lane, Lease, SUSPENDED, StoreError, World, until};
 
 mod ask;
 mod blocked;
@@ -30,6 +28,7 @@ mod courier;
 mod execution;
 mod judge;
 mod post;
+mod proof;
 mod question;
 mod record;
 mod schedule;
@@ -38,6 +37,7 @@ mod task;
 mod timers;
 
 pub use post::Poster;
+use proof::Proof;
 
 /// The net under wake-ups, and how soon jobs of a process that was killed are taken over.
 const LOOK: Duration = Duration::from_millis(500);
@@ -112,31 +112,15 @@ type Result<T> = std::result::Result<T, WorkError>;
 struct Held {
     app: App,
     lease: Lease,
-    holder: Holder,
     /// Trips when the lease is lost.
     lost: CancellationToken,
-    /// When something was asked of the database that it would not have done without the lease, and did.
-    proven: Mutex<Instant>,
+    proof: Arc<Proof>,
 }
 
 impl Held {
-    /// The database did, under the lease, what it was asked to at this time.
-    fn is_proven_at(&self, asked: Instant) {
-        *self.proven.lock().expect(POISONED) = asked;
-    }
-
-    /// Whether the job is certainly ours still, so that what is now done for it is done once. After each proof so much of the lease is
-    /// left that it need only be asked if this process was stopped since, or held up for as long.
+    /// Whether the job is certainly ours still.
     async fn is_surely_ours(&self) -> Result<bool> {
-        if self.proven.lock().expect(POISONED).elapsed() < LONG_ENOUGH {
-            return Ok(true);
-        }
-        let asked = Instant::now();
-        let ours = self.is_ours().await?;
-        if ours {
-            self.is_proven_at(asked);
-        }
-        Ok(ours)
+        Ok(self.proof.is_fresh().await?)
     }
 
     /// Whether the project is suspended, so that its work rests. Who cannot ask goes on.
@@ -152,7 +136,7 @@ impl Held {
 
     /// Whether the job is still ours; asked when someone says that it may not be.
     async fn is_ours(&self) -> Result<bool> {
-        Ok(self.app.db.extend(self.holder, &self.lease).await?)
+        Ok(self.proof.renew().await?)
     }
 }
 
@@ -432,12 +416,12 @@ impl Engine {
             .insert(number, (world, lost.clone()));
         let engine = self.clone();
         self.jobs.spawn(async move {
+            let db = engine.app.db.clone();
             let held = Held {
                 app: engine.app.clone(),
-                holder: engine.holder,
+                proof: Arc::new(Proof::new(db, engine.holder, lease.clone(), asked)),
                 lease,
                 lost,
-                proven: Mutex::new(asked),
             };
             held.work().await;
             engine.running.lock().expect(POISONED).remove(&number);

@@ -180,7 +180,7 @@ impl<'a> Recorder<'a> {
                 .await
             {
                 Ok(()) => {
-                    self.held.is_proven_at(asked);
+                    self.held.proof.is_from(asked);
                     break;
                 }
                 // It was recorded, and only the answer got lost.
@@ -282,8 +282,10 @@ pub(super) async fn replay(
     let unreadable = |error: serde_json::Error| {
         WorkError::Defect(anyhow::Error::new(error).context("a step cannot be read"))
     };
+    let mut under_way = None;
     for step in steps {
         recorder.number = step.number + 1;
+        under_way = step.under_way;
         match step.kind {
             StepKind::Model => {
                 recorder.turns += 1;
@@ -317,7 +319,7 @@ pub(super) async fn replay(
     recorder.waiting.clone_from(&open);
     let unknown = open
         .iter()
-        .position(|call| Some(&call.id) == run.under_way.as_ref());
+        .position(|call| Some(&call.id) == under_way.as_ref());
     if let Some(call) = unknown
         .filter(|index| recorder.number > 0 && !toolbox.is_repeatable(&open[*index]))
         .map(|index| open.remove(index))

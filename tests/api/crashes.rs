@@ -387,6 +387,25 @@ async fn a_process_that_hung_asks_for_no_turn_that_another_has_on_record() {
 }
 
 #[tokio::test]
+async fn a_process_that_hung_while_it_waited_to_ask_again_asks_no_more() {
+    let mut fleet = Fleet::start(1, 3).await;
+    let wait = vec![("retry-after", "2")];
+    fleet.upstream.will(Reply::Plain(429, wait, String::new()));
+    fleet.task("t", json!({})).await;
+    eventually("it is told to wait", async || {
+        fleet.upstream.asked().len() == 1
+    })
+    .await;
+    fleet.processes[0].0.signal("-STOP");
+    fleet.add("serve").await;
+    fleet.settle(1, 3).await;
+    assert_eq!(fleet.upstream.asked().len(), 5);
+    fleet.processes[0].0.signal("-CONT");
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert_eq!(fleet.upstream.asked().len(), 5);
+}
+
+#[tokio::test]
 async fn sigterm_hands_tasks_over_at_their_next_step() {
     let mut fleet = Fleet::start(1, 40).await;
     for number in 0..4 {

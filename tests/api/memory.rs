@@ -3,7 +3,7 @@
 use reqwest::Method;
 use serde_json::{Value, json};
 
-use crate::harness::{TestApp, answer, eventually};
+use crate::harness::{Reply, TestApp, answer, called, eventually, results, said};
 
 async fn save(app: &TestApp, path: &str, content: &str) -> (u16, Value) {
     let request = app.request(Method::PUT, path);
@@ -123,4 +123,35 @@ async fn every_turn_of_an_agent_begins_with_its_memories() {
         system().contains("Dates are Roman")
     })
     .await;
+}
+
+#[tokio::test]
+async fn an_agent_at_work_reads_what_another_process_wrote_a_moment_ago() {
+    let app = TestApp::start().await;
+    app.agent("noor").await;
+    let other_process = app.another_process().await;
+    app.upstream.answers(|request| {
+        Reply::Stream(if results(request) == 0 {
+            called(&[("c", "memory_get", &["{\"scope\":\"shared\"}"])])
+        } else {
+            said("Done.")
+        })
+    });
+    for round in 0..5 {
+        let content = format!("Dates are {round}");
+        let saved = app
+            .client
+            .put(format!("{other_process}/v1/memory"))
+            .bearer_auth(&app.live)
+            .json(&json!({"content": content}));
+        assert_eq!(answer(saved).await.0, 200);
+        let id = app.task("t", json!({"assignTo": "noor"})).await;
+        app.until(&id, "done").await;
+        let asked = app.upstream.asked();
+        let messages = &asked.last().unwrap()["messages"];
+        let system = messages[0]["content"].as_str().unwrap();
+        assert!(system.contains(&content), "{system}");
+        let result = messages.as_array().unwrap().last().unwrap();
+        assert_eq!(result["content"], content);
+    }
 }

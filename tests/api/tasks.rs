@@ -1555,4 +1555,14 @@ async fn what_questions_rewrites_and_useless_reviews_used_is_recorded() {
         ]
     );
     assert!(asked("decider") > 0 && asked("judge") > 0);
+
+    // What was used was used, whatever becomes of the task.
+    let deleted = app.delete(&format!("/v1/tasks/{id}"));
+    assert_eq!(answer(deleted).await.0, 200);
+    let left: i64 =
+        sqlx::query_scalar("select sum(prompt_tokens)::bigint from production.model_calls")
+            .fetch_one(&mut database)
+            .await
+            .unwrap();
+    assert_eq!(left, recorded.iter().map(|(_, tokens)| tokens).sum::<i64>());
 }

@@ -1,0 +1,67 @@
+//! Whether a job is certainly this process' still, so that what is now done for it is done once.
+//!
+//! What is written is fenced by the lease; what leaves for a model or a tool is not, so it leaves only on a fresh proof of the lease.
+
+use std::sync::Mutex;
+
+use async_trait::async_trait;
+use tokio::time::Instant;
+
+use super::POISONED;
+use crate::llm::Permit;
+use crate::store::{Db, Holder, LONG_ENOUGH, Lease, StoreError};
+
+/// The last proof of a lease, and how to get another.
+#[derive(Debug)]
+pub(super) struct Proof {
+    db: Db,
+    holder: Holder,
+    lease: Lease,
+    /// When something was asked of the database that it would not have done without the lease, and did.
+    asked: Mutex<Instant>,
+}
+
+impl Proof {
+    pub(super) fn new(db: Db, holder: Holder, lease: Lease, asked: Instant) -> Self {
+        Self {
+            db,
+            holder,
+            lease,
+            asked: Mutex::new(asked),
+        }
+    }
+
+    /// The database did, under the lease, what it was asked to at this time.
+    pub(super) fn is_from(&self, asked: Instant) {
+        *self.asked.lock().expect(POISONED) = asked;
+    }
+
+    /// After each proof so much of the lease is left that another is needed only if this process was stopped since, or held up for as long.
+    pub(super) async fn is_fresh(&self) -> Result<bool, StoreError> {
+        if self.asked.lock().expect(POISONED).elapsed() < LONG_ENOUGH {
+            return Ok(true);
+        }
+        let asked = Instant::now();
+        let ours = self.renew().await?;
+        if ours {
+            self.is_from(asked);
+        }
+        Ok(ours)
+    }
+
+    /// Asks whether the lease is there, and for more of it.
+    pub(super) async fn renew(&self) -> Result<bool, StoreError> {
+        self.db.extend(self.holder, &self.lease).await
+    }
+}
+
+#[async_trait]
+impl Permit for Proof {
+    async fn is_valid(&self) -> bool {
+        let fresh = self.is_fresh().await;
+        if let Err(error) = &fresh {
+            tracing::debug!("a lease cannot be proven: {error}");
+        }
+        fresh.unwrap_or(false)
+    }
+}
