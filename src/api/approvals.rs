@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::error::{ApiError, ErrorBody};
 use super::extract::{Door, Json, Listed, MaybeJson, Page, Path, Query};
-use super::tasks::{refused, task_id};
+use super::tasks::refused;
 use crate::ids::{Approval, Id};
 use crate::lifecycle::{self, NotResolved};
 use crate::store::{ApprovalRow, StoreError};
@@ -26,6 +26,8 @@ pub struct ApprovalQuery {
     pub status: Option<String>,
     /// Those of this task.
     pub task_id: Option<String>,
+    /// Those of this mission and its tasks.
+    pub mission_id: Option<String>,
 }
 
 /// A yes.
@@ -91,16 +93,21 @@ pub async fn list_approvals(
             "`status` must be one of pending, approved, rejected, timeout.",
         ));
     }
-    let task = match query.task_id.as_deref().map(task_id).transpose() {
-        Ok(task) => task,
-        // No such task has no requests.
-        Err(_) => return Ok(Json(Vec::<Value>::new()).into_response()),
+    let task = query.task_id.as_deref().map(str::parse).transpose();
+    let mission = query.mission_id.as_deref().map(str::parse).transpose();
+    let (Ok(task), Ok(mission)) = (task, mission) else {
+        // No such task or mission has no requests.
+        return Ok(Json(Vec::<Value>::new()).into_response());
     };
     let rows = db
-        .approvals(query.status.as_deref(), task, page.after()?, size)
+        .approvals(query.status.as_deref(), task, mission, page.after()?, size)
         .await?;
     let mut kept = form_urlencoded::Serializer::new(String::new());
-    for (key, value) in [("status", &query.status), ("taskId", &query.task_id)] {
+    for (key, value) in [
+        ("status", &query.status),
+        ("taskId", &query.task_id),
+        ("missionId", &query.mission_id),
+    ] {
         if let Some(value) = value {
             kept.append_pair(key, value);
         }
@@ -129,12 +136,12 @@ pub async fn read_approval(
     }
 }
 
-/// Say yes: the task goes on.
+/// Say yes: what waited for it goes on.
 #[utoipa::path(post, path = "/approvals/{id}/approve", tag = "Approvals", params(("id" = String, Path, description = "Its id")), request_body = Option<Approve>,
     responses(
         (status = 200, description = "The request", body = ApprovalView),
         (status = 404, description = "No such request", body = ErrorBody),
-        (status = 409, description = "It is answered already", body = ErrorBody),
+        (status = 409, description = "It is answered already, or what it lets through cannot be done any more", body = ErrorBody),
         (status = 413, description = "The body is too large", body = ErrorBody),
         (status = 415, description = "The body is not JSON", body = ErrorBody),
     ))]

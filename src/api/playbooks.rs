@@ -219,6 +219,7 @@ pub struct PlaybookRun {
         (status = 201, description = "The mission", body = PlaybookRun),
         (status = 400, description = "Parameters are wrong, or what they make: all is in `details`", body = ErrorBody),
         (status = 404, description = "No such playbook", body = ErrorBody),
+        (status = 409, description = "The mission was made and waits for approval", body = ErrorBody),
         (status = 413, description = "The body is too large", body = ErrorBody),
         (status = 415, description = "The body is not JSON", body = ErrorBody),
     ))]
@@ -273,6 +274,7 @@ pub async fn run_playbook(
         (status = 201, description = "The mission", body = PlaybookRun),
         (status = 400, description = "Parameters are wrong, or what they make: all is in `details`", body = ErrorBody),
         (status = 404, description = "No such playbook", body = ErrorBody),
+        (status = 409, description = "The mission was made and waits for approval", body = ErrorBody),
         (status = 413, description = "The body is too large", body = ErrorBody),
         (status = 415, description = "The body is not JSON", body = ErrorBody),
     ))]

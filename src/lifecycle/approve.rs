@@ -5,10 +5,11 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::finish::{ESCALATION, fallback, give_up};
-use super::{LifecycleError, NOW, Result, locked, owe, save, settle};
-use crate::event::Event;
-use crate::ids::{Approval, Id};
-use crate::store::{ApprovalRow, Job, NewApproval, ProjectDb, ProjectTx, StoreError};
+use super::{LifecycleError, NOW, Result, locked, mission, owe, save, settle};
+use crate::ids::{self, Approval, Id};
+use crate::store::{
+    ApprovalRow, Job, Lease, NewApproval, ProjectDb, ProjectTx, StoreError, Waiting,
+};
 use crate::task::{Gate, Hook, ON_TIMEOUT, Phase, Status, Task};
 
 /// Why a request was not answered.
@@ -45,24 +46,38 @@ pub async fn request_approval(
     gate: &Gate,
     hook: Hook,
 ) -> Result<()> {
-    let id = Id::<Approval>::new();
     let mut payload = json!({"taskId": task.id, "task": task.view()});
     if gate.include_outcomes != Some(true)
         && let Some(task) = payload["task"].as_object_mut()
     {
         task.remove("outcomes");
     }
+    let id = make_request(tx, gate, hook, Waiting::Task(task.id), &payload).await?;
+    let told = json!({"requestId": id, "gateId": gate.id, "gateName": gate.name});
+    task.tell("approval:requested", told);
+    Ok(())
+}
+
+/// Makes a request, and sets its timer if the gate has one.
+pub(super) async fn make_request(
+    tx: &mut ProjectTx,
+    gate: &Gate,
+    hook: Hook,
+    waiting: Waiting<'_>,
+    payload: &Value,
+) -> Result<Id<Approval>> {
+    let id = Id::<Approval>::new();
     let timeout_action = ON_TIMEOUT
         .iter()
         .find(|(action, _)| *action == gate.timeout_action)
         .map_or("reject", |(_, word)| *word);
     tx.create_approval(&NewApproval {
         id,
-        task: task.id,
+        waiting,
         gate_id: &gate.id,
         gate_name: &gate.name,
         hook: hook.as_str(),
-        payload: &payload,
+        payload,
         timeout_action,
         max_revisions: i32::try_from(gate.revisions()).unwrap_or(i32::MAX),
     })
@@ -71,9 +86,7 @@ pub async fn request_approval(
         tx.enqueue(Job::Approval(id), 1.0, Duration::from_millis(timeout))
             .await?;
     }
-    let told = json!({"requestId": id, "gateId": gate.id, "gateName": gate.name});
-    task.tell("approval:requested", told);
-    Ok(())
+    Ok(id)
 }
 
 /// Says yes.
@@ -86,8 +99,12 @@ pub async fn approve(
     by: &str,
     note: Option<&str>,
 ) -> std::result::Result<ApprovalRow, NotResolved> {
+    let asked = db.approval(id).await?;
+    if let Some(mission) = asked.waiting_mission() {
+        return mission::approve(db, &asked, mission, by, note).await;
+    }
     let mut tx = db.begin();
-    let task = task_of(&mut tx, db, id).await?;
+    let task = task_of(&mut tx, &asked).await?;
     let row = resolve(&mut tx, db, id, "approved", by, note).await?;
     if let Some(mut task) = task {
         let told = json!({"requestId": row.id, "status": "approved", "resolvedBy": by});
@@ -115,8 +132,8 @@ async fn go_on(
         settle(tx, task).await?;
         return save(tx, db, task).await;
     }
-    // Work whose judgement was held up is not done again; a blocked retry waits for its turn like any.
-    let judged = row.hook.starts_with("assessment:");
+    // Work whose judgement was held up is not done again, nor is what an overdue task has done; a blocked retry waits for its turn like any.
+    let judged = row.hook.starts_with("assessment:") || row.hook == Hook::QualitySla.as_str();
     if is_retry(row) {
         let feedback = task.document.feedback.take();
         let fallback = fallback(db, task).await?;
@@ -169,12 +186,14 @@ pub async fn reject(
     by: &str,
     feedback: &str,
 ) -> std::result::Result<ApprovalRow, NotResolved> {
+    let asked = db.approval(id).await?;
     let mut tx = db.begin();
-    let task = task_of(&mut tx, db, id).await?;
+    let task = task_of(&mut tx, &asked).await?;
     let row = resolve(&mut tx, db, id, "rejected", by, Some(feedback)).await?;
     let Some(mut task) = task else {
         return Err(NotResolved::Conflict(
-            "This request belongs to no task and cannot be rejected. Approve it.".to_owned(),
+            "This request belongs to no task and cannot be rejected. Approve it, or leave it: what it is about does not happen until then."
+                .to_owned(),
         ));
     };
     let most = u32::try_from(row.max_revisions).unwrap_or_default();
@@ -219,41 +238,58 @@ pub async fn withdraw(tx: &mut ProjectTx, task: &mut Task) -> Result<()> {
     Ok(())
 }
 
-/// Nobody answered in time. Nothing happens to a request that was answered meanwhile.
+/// Nobody answered in time, and the job that says so is done. Nothing happens to a request that was answered meanwhile.
 ///
 /// # Errors
-/// When the database refuses.
-pub async fn expire(tx: &mut ProjectTx, db: &ProjectDb, id: Id<Approval>) -> Result<()> {
-    let task = task_of(tx, db, id).await?;
-    let Some(row) = tx.resolve_approval(id, "timeout", "timeout", None).await? else {
-        return Ok(());
-    };
+/// When the database refuses, or the lease is lost.
+pub async fn expire(lease: &Lease, id: Id<Approval>) -> Result<()> {
+    let db = &lease.db;
+    let asked = db.approval(id).await?;
+    if let Some(mission) = asked.waiting_mission() {
+        return mission::expire(lease, &asked, mission).await;
+    }
+    let mut tx = db.begin();
+    let task = task_of(&mut tx, &asked).await?;
+    if let (Some(row), Some(mut task)) = (
+        tx.resolve_approval(id, "timeout", "timeout", None).await?,
+        task,
+    ) {
+        time_out(&mut tx, db, &mut task, &row).await?;
+    }
+    tx.complete(lease).await?;
+    tx.commit().await?;
+    Ok(())
+}
+
+async fn time_out(
+    tx: &mut ProjectTx,
+    db: &ProjectDb,
+    task: &mut Task,
+    row: &ApprovalRow,
+) -> Result<()> {
     let told = json!({"requestId": row.id, "action": row.timeout_action});
-    let Some(mut task) = task else {
-        tx.emit(Event::new("approval:timeout", told));
-        return Ok(());
-    };
     task.tell("approval:timeout", told);
     if task.status() != Status::AwaitingApproval {
-        return save(tx, db, &mut task).await;
+        return save(tx, db, task).await;
     }
     if row.timeout_action == "approve" {
-        go_on(tx, db, &mut task, &row).await
+        go_on(tx, db, task, row).await
     } else {
         let cause = format!("Nobody answered the request \"{}\" in time.", row.gate_name);
-        give_up(tx, db, &mut task, cause).await.map(drop)
+        give_up(tx, db, task, cause).await.map(drop)
     }
 }
 
 /// The task that a request is about, held until the commit.
-async fn task_of(tx: &mut ProjectTx, db: &ProjectDb, id: Id<Approval>) -> Result<Option<Task>> {
-    match db.approval(id).await?.task_id {
+async fn task_of(tx: &mut ProjectTx, asked: &ApprovalRow) -> Result<Option<Task>> {
+    match asked.task_id {
         Some(task) => Ok(Some(locked(tx, task.into()).await?)),
         None => Ok(None),
     }
 }
 
-async fn resolve(
+/// Answers a request and calls its timer off; says why not where it is answered already.
+pub(super) async fn resolve(
     tx: &mut ProjectTx,
     db: &ProjectDb,
     id: Id<Approval>,
@@ -273,6 +309,13 @@ async fn resolve(
 }
 
 impl ApprovalRow {
+    /// The mission that waits, where it is no task that does.
+    fn waiting_mission(&self) -> Option<Id<ids::Mission>> {
+        self.mission_id
+            .filter(|_| self.task_id.is_none())
+            .map(Id::from)
+    }
+
     /// The request object of contract 2.11.
     pub fn view(&self) -> Value {
         use crate::event::timestamp;
@@ -282,9 +325,10 @@ impl ApprovalRow {
         });
         let members = view.as_object_mut().expect("it was made as an object");
         let optional = [
+            ("taskId", json!(self.task_id.map(Id::<ids::Task>::from))),
             (
-                "taskId",
-                json!(self.task_id.map(Id::<crate::ids::Task>::from)),
+                "missionId",
+                json!(self.mission_id.map(Id::<ids::Mission>::from)),
             ),
             ("resolvedAt", json!(self.resolved_at.map(timestamp))),
             ("resolvedBy", json!(self.resolved_by)),

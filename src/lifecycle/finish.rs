@@ -73,6 +73,28 @@ pub(super) async fn wait_for_person(
     Ok(Aftermath::Rests)
 }
 
+/// Stops an overdue task before a gate: whether it goes on all the same, from where it is, a person says.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn stop_for_person(
+    tx: &mut ProjectTx,
+    db: &ProjectDb,
+    task: &mut Task,
+    gate: &Gate,
+) -> Result<()> {
+    hold_run(tx, task).await?;
+    // Before its run, like whoever records a step.
+    tx.call_off(Job::Task(task.id)).await?;
+    if let Some(run) = task.run.filter(|_| task.status().is_active()) {
+        tx.end_run(run, crate::store::RunStatus::Interrupted, None);
+    }
+    tx.stop_run(task.id);
+    wait_for_person(tx, db, task, gate, Hook::QualitySla)
+        .await
+        .map(drop)
+}
+
 /// Decides what follows a failure, and does it (contract 2.6.4).
 ///
 /// # Errors

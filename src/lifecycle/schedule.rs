@@ -6,7 +6,7 @@
 use chrono::{DateTime, Utc};
 use serde_json::json;
 
-use super::mission::{Execution, begin_run};
+use super::mission::{Begun, Execution, Occasion, begin_run};
 use super::{LifecycleError, Result};
 use crate::event::timestamp;
 use crate::ids::{self, Id};
@@ -318,15 +318,14 @@ pub async fn fire(
         if standing == Standing::Ready && !timed.is_over(now) {
             let next = schedule.next_run_at.filter(|next| *next > now);
             let next = next.or_else(|| timed.next_after(now).filter(|_| schedule.recurring));
-            let began = begin(&mut tx, db, &mut mission, &mut schedule, next, now).await?;
-            return settle(tx, lease, mission, schedule, now, Fired::Began(began)).await;
+            let fired = begin(&mut tx, db, &mut mission, &mut schedule, next, now).await?;
+            return settle(tx, lease, mission, schedule, now, fired).await;
         }
     }
     let fired = match timed.decide(now, standing) {
         Decision::Wait => Fired::Nothing,
         Decision::Fire { next } => {
-            let began = begin(&mut tx, db, &mut mission, &mut schedule, next, now).await?;
-            Fired::Began(began)
+            begin(&mut tx, db, &mut mission, &mut schedule, next, now).await?
         }
         Decision::Queue { next } => {
             schedule.queued = true;
@@ -360,15 +359,58 @@ async fn begin(
     schedule: &mut ScheduleRow,
     next: Option<DateTime<Utc>>,
     now: DateTime<Utc>,
-) -> Result<Execution> {
-    mission.tell(
-        "schedule:triggered",
-        json!({"scheduleId": schedule.id, "expression": schedule.expression}),
-    );
-    schedule.last_run_at = Some(now);
+) -> Result<Fired> {
+    let due = schedule.next_run_at;
+    let occasion = Occasion {
+        schedule: Some(schedule),
+        passed: &[],
+    };
+    let begun = begin_run(tx, db, mission, occasion, now).await?;
     schedule.next_run_at = next;
     schedule.enabled &= schedule.recurring;
-    begin_run(tx, db, mission, Some(schedule), now).await
+    Ok(match begun {
+        Begun::Run(execution) => {
+            schedule.last_run_at = Some(now);
+            Fired::Began(execution)
+        }
+        Begun::Waits(asked) => {
+            if !asked.new {
+                // One that waits is enough.
+                tell_skipped(mission, schedule.id, due, SkipReason::AwaitingApproval);
+            }
+            mission.reason = Some(asked.sentence);
+            Fired::Nothing
+        }
+    })
+}
+
+fn tell_skipped(
+    mission: &mut Mission,
+    schedule: Id<ids::Schedule>,
+    due: Option<DateTime<Utc>>,
+    reason: SkipReason,
+) {
+    mission.tell(
+        "schedule:skipped",
+        json!({"scheduleId": schedule, "dueAt": due.map(timestamp), "reason": reason}),
+    );
+}
+
+/// Nobody approved of a schedule's run in time: it is left out, and a mission that has no other fails. The mission must be held, with the
+/// reason, and stored after this.
+pub(super) async fn leave_out_unanswered(
+    tx: &mut ProjectTx,
+    mission: &mut Mission,
+    schedule: Id<ids::Schedule>,
+) -> Result<()> {
+    tell_skipped(mission, schedule, None, SkipReason::NotApproved);
+    let found = tx.schedule_of(mission.id).await?;
+    let last = found.is_none_or(|schedule| schedule.next_run_at.is_none());
+    if last && mission.status() == Status::Scheduled {
+        let reason = mission.reason.take();
+        mission.go(Status::Failed, reason)?;
+    }
+    Ok(())
 }
 
 fn leave_out(
@@ -377,10 +419,7 @@ fn leave_out(
     reason: SkipReason,
     next: Option<DateTime<Utc>>,
 ) -> Result<()> {
-    mission.tell(
-        "schedule:skipped",
-        json!({"scheduleId": schedule.id, "dueAt": schedule.next_run_at.map(timestamp), "reason": reason}),
-    );
+    tell_skipped(mission, schedule.id, schedule.next_run_at, reason);
     schedule.next_run_at = next;
     schedule.enabled &= schedule.recurring;
     if !schedule.recurring && mission.status() == Status::Scheduled {

@@ -344,6 +344,10 @@ pub enum SkipReason {
     Overlap,
     /// The mission does not wait for its schedule.
     NotScheduled,
+    /// An earlier occurrence waits for a person's yes.
+    AwaitingApproval,
+    /// Nobody said yes to it in time.
+    NotApproved,
 }
 
 /// A schedule as far as it decides when its mission runs.

@@ -5,7 +5,7 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use super::{ProjectDb, ProjectTx, Result};
-use crate::ids::{self, Approval, Id};
+use crate::ids::{self, Approval, Id, Mission};
 
 /// A request for approval.
 #[derive(Debug, Clone)]
@@ -14,6 +14,12 @@ pub struct ApprovalRow {
     pub id: Id<Approval>,
     /// The task that waits.
     pub task_id: Option<Uuid>,
+    /// The mission that waits, or whose the task is.
+    pub mission_id: Option<Uuid>,
+    /// Which of its runs waits.
+    pub mission_run: Option<i32>,
+    /// What is let through, where it is no task that waits.
+    pub particulars: Option<Value>,
     /// The gate that stands in its way.
     pub gate_id: String,
     /// What that is called.
@@ -38,13 +44,53 @@ pub struct ApprovalRow {
     pub note: Option<String>,
 }
 
+/// Who waits for an answer.
+#[derive(Debug, Clone, Copy)]
+pub enum Waiting<'a> {
+    /// A task.
+    Task(Id<ids::Task>),
+    /// A mission.
+    Mission {
+        /// Which.
+        id: Id<Mission>,
+        /// Its run, if one has begun.
+        run: Option<i32>,
+        /// What is to be let through.
+        particulars: &'a Value,
+    },
+}
+
+impl Waiting<'_> {
+    fn columns(&self) -> (Option<Uuid>, Option<Uuid>, Option<i32>, Option<&Value>) {
+        match *self {
+            Self::Task(task) => (Some(task.uuid()), None, None, None),
+            Self::Mission {
+                id,
+                run,
+                particulars,
+            } => (None, Some(id.uuid()), run, Some(particulars)),
+        }
+    }
+}
+
+/// Which requests of a mission are withdrawn.
+#[derive(Debug, Clone, Copy)]
+pub enum Withdrawn<'a> {
+    /// Those that are about the beginning of a run.
+    BeforeRuns,
+    /// Those of a run at a hook.
+    At(i32, &'a str),
+    /// Those of a run for a quality gate.
+    For(i32, Id<ids::Barrier>),
+}
+
 /// A request to be made.
 #[derive(Debug)]
 pub struct NewApproval<'a> {
     /// Its id.
     pub id: Id<Approval>,
-    /// The task that waits.
-    pub task: Id<ids::Task>,
+    /// Who waits.
+    pub waiting: Waiting<'a>,
     /// The gate.
     pub gate_id: &'a str,
     /// Its name.
@@ -68,23 +114,28 @@ impl ProjectDb {
         &self,
         status: Option<&str>,
         task: Option<Id<ids::Task>>,
+        mission: Option<Id<Mission>>,
         after: Option<Id<Approval>>,
         limit: i64,
     ) -> Result<Vec<ApprovalRow>> {
         Ok(sqlx::query_as!(
             ApprovalRow,
-            "select id, task_id, gate_id, gate_name, hook, status, payload, timeout_action, max_revisions,
-                    requested_at, resolved_at, resolved_by, note
-            from approvals
-            where project_id = $1
-              and ($2::text is null or status = $2)
-              and ($3::uuid is null or task_id = $3)
-              and ($4::uuid is null or id > $4)
-            order by id
-            limit $5",
+            r#"select a.id, a.task_id, coalesce(a.mission_id, t.mission_id) as mission_id, a.mission_run, a.particulars, a.gate_id,
+                    a.gate_name, a.hook, a.status, a.payload, a.timeout_action, a.max_revisions, a.requested_at, a.resolved_at,
+                    a.resolved_by, a.note
+            from approvals a
+            left join tasks t on t.project_id = a.project_id and t.id = a.task_id
+            where a.project_id = $1
+              and ($2::text is null or a.status = $2)
+              and ($3::uuid is null or a.task_id = $3)
+              and ($4::uuid is null or coalesce(a.mission_id, t.mission_id) = $4)
+              and ($5::uuid is null or a.id > $5)
+            order by a.id
+            limit $6"#,
             self.project,
             status,
             task.map(Id::uuid),
+            mission.map(Id::uuid),
             after.map(Id::uuid),
             limit
         )
@@ -99,9 +150,12 @@ impl ProjectDb {
     pub async fn approval(&self, id: Id<Approval>) -> Result<ApprovalRow> {
         Ok(sqlx::query_as!(
             ApprovalRow,
-            "select id, task_id, gate_id, gate_name, hook, status, payload, timeout_action, max_revisions,
-                    requested_at, resolved_at, resolved_by, note
-            from approvals where project_id = $1 and id = $2",
+            "select a.id, a.task_id, coalesce(a.mission_id, t.mission_id) as mission_id, a.mission_run, a.particulars, a.gate_id,
+                    a.gate_name, a.hook, a.status, a.payload, a.timeout_action, a.max_revisions, a.requested_at, a.resolved_at,
+                    a.resolved_by, a.note
+            from approvals a
+            left join tasks t on t.project_id = a.project_id and t.id = a.task_id
+            where a.project_id = $1 and a.id = $2",
             self.project,
             id.uuid()
         )
@@ -116,12 +170,17 @@ impl ProjectTx {
     /// # Errors
     /// When the database refuses.
     pub async fn create_approval(&mut self, new: &NewApproval<'_>) -> Result<()> {
+        let (task, mission, run, particulars) = new.waiting.columns();
         sqlx::query!(
-            "insert into approvals (project_id, id, task_id, gate_id, gate_name, hook, status, payload, timeout_action, max_revisions, requested_at)
-            values ($1, $2, $3, $4, $5, $6, 'pending', $7, $8, $9, clock_timestamp())",
+            "insert into approvals (project_id, id, task_id, mission_id, mission_run, particulars, gate_id, gate_name, hook, status, payload,
+                timeout_action, max_revisions, requested_at)
+            values ($1, $2, $3, $4, $5, $6, $7, $8, $9, 'pending', $10, $11, $12, clock_timestamp())",
             self.db.project,
             new.id.uuid(),
-            new.task.uuid(),
+            task,
+            mission,
+            run,
+            particulars,
             new.gate_id,
             new.gate_name,
             new.hook,
@@ -150,8 +209,10 @@ impl ProjectTx {
             "update approvals
             set status = $3, resolved_at = clock_timestamp(), resolved_by = $4, note = $5
             where project_id = $1 and id = $2 and status = 'pending'
-            returning id, task_id, gate_id, gate_name, hook, status, payload, timeout_action, max_revisions,
-                      requested_at, resolved_at, resolved_by, note",
+            returning id, task_id, coalesce(mission_id, (
+                    select t.mission_id from tasks t where t.project_id = approvals.project_id and t.id = approvals.task_id
+                )) as mission_id, mission_run, particulars, gate_id, gate_name, hook, status, payload, timeout_action, max_revisions,
+                requested_at, resolved_at, resolved_by, note",
             self.db.project,
             id.uuid(),
             status,
@@ -179,6 +240,71 @@ impl ProjectTx {
             select id from gone",
             self.db.project,
             task.uuid()
+        )
+        .fetch_all(self.open().await?)
+        .await?;
+        Ok(gone.into_iter().map(Id::from).collect())
+    }
+
+    /// The request of a mission that waits at this gate for this, if there is one. The mission must be held.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn pending_approval(
+        &mut self,
+        mission: Id<Mission>,
+        run: Option<i32>,
+        gate: &str,
+        barrier: Option<Id<ids::Barrier>>,
+    ) -> Result<Option<Id<Approval>>> {
+        let found = sqlx::query_scalar!(
+            "select id from approvals
+            where project_id = $1 and mission_id = $2 and mission_run is not distinct from $3 and gate_id = $4
+              and (particulars ->> 'barrier') is not distinct from $5 and status = 'pending'
+            order by id
+            limit 1",
+            self.db.project,
+            mission.uuid(),
+            run,
+            gate,
+            barrier.map(|barrier| barrier.to_string())
+        )
+        .fetch_optional(self.open().await?)
+        .await?;
+        Ok(found.map(Id::from))
+    }
+
+    /// Withdraws requests of a mission that goes on without them, and returns which. The mission must be held.
+    ///
+    /// # Errors
+    /// When the database refuses.
+    pub async fn withdraw_mission_approvals(
+        &mut self,
+        mission: Id<Mission>,
+        which: Withdrawn<'_>,
+    ) -> Result<Vec<Id<Approval>>> {
+        let (run, hook, barrier) = match which {
+            Withdrawn::BeforeRuns => (None, None, None),
+            Withdrawn::At(run, hook) => (Some(run), Some(hook), None),
+            Withdrawn::For(run, barrier) => (Some(run), None, Some(barrier)),
+        };
+        let gone = sqlx::query_scalar!(
+            "with gone as (
+                update approvals
+                set status = 'rejected', resolved_at = clock_timestamp(), resolved_by = 'engine', note = 'The mission went on without it.'
+                where project_id = $1 and mission_id = $2 and mission_run is not distinct from $3 and status = 'pending'
+                  and ($4::text is null or hook = $4)
+                  and ($5::text is null or particulars ->> 'barrier' = $5)
+                returning id
+            ), called_off as (
+                delete from jobs using gone where jobs.project_id = $1 and jobs.kind = 'approval' and jobs.subject = gone.id
+            )
+            select id from gone",
+            self.db.project,
+            mission.uuid(),
+            run,
+            hook,
+            barrier.map(|barrier| barrier.to_string())
         )
         .fetch_all(self.open().await?)
         .await?;

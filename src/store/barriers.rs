@@ -429,24 +429,35 @@ impl ProjectTx {
             .collect())
     }
 
-    /// Calls off the timers of a run, its deadline's and its delays': it has ended.
+    /// Calls off what waits in a run that has ended: the timers of its deadline and its delays, and requests for approval, which are
+    /// withdrawn and returned.
     ///
     /// # Errors
     /// When the database refuses.
-    pub async fn call_off_timers(&mut self, place: Place) -> Result<()> {
-        sqlx::query!(
-            "delete from jobs using (
-                select 'mission_deadline' as kind, $2::uuid as subject
-                union all
-                select 'delay', id from barriers where project_id = $1 and mission_id = $2 and run = $3
-            ) timers
-            where jobs.project_id = $1 and jobs.kind = timers.kind and jobs.subject = timers.subject",
+    pub async fn call_off_what_waits(&mut self, place: Place) -> Result<Vec<Id<ids::Approval>>> {
+        let withdrawn = sqlx::query_scalar!(
+            "with withdrawn as (
+                update approvals
+                set status = 'rejected', resolved_at = clock_timestamp(), resolved_by = 'engine', note = 'The run has ended without it.'
+                where project_id = $1 and mission_id = $2 and mission_run = $3 and status = 'pending'
+                returning id
+            ), called_off as (
+                delete from jobs using (
+                    select 'mission_deadline' as kind, $2::uuid as subject
+                    union all
+                    select 'delay', id from barriers where project_id = $1 and mission_id = $2 and run = $3
+                    union all
+                    select 'approval', id from withdrawn
+                ) timers
+                where jobs.project_id = $1 and jobs.kind = timers.kind and jobs.subject = timers.subject
+            )
+            select id from withdrawn",
             self.db.project,
             place.mission.uuid(),
             place.run
         )
-        .execute(self.open().await?)
+        .fetch_all(self.open().await?)
         .await?;
-        Ok(())
+        Ok(withdrawn.into_iter().map(Id::from).collect())
     }
 }

@@ -267,18 +267,21 @@ impl ProjectDb {
         .await?)
     }
 
-    /// Whether nothing of a run can go on before a person has said something: some of its tasks wait for one or are paused, and no
-    /// other is worked on or due.
+    /// Whether nothing of a run can go on before a person has said something: it or some of its tasks wait for one or are paused, and
+    /// no other is worked on or due.
     ///
     /// # Errors
     /// When the database cannot be reached.
     pub async fn waits_for_people(&self, place: Place) -> Result<bool> {
         Ok(sqlx::query_scalar!(
-            r#"select exists (
+            r#"select (exists (
                 select from tasks
                 where project_id = $1 and mission_id = $2 and mission_run = $3
                   and (status = 'awaiting_approval' or (status = 'pending' and held))
-            ) and not exists (
+            ) or exists (
+                select from approvals
+                where project_id = $1 and mission_id = $2 and mission_run = $3 and hook = 'mission:complete' and status = 'pending'
+            )) and not exists (
                 select from barriers where project_id = $1 and mission_id = $2 and run = $3 and kind = 'delay' and state = 'active'
             ) and not exists (
                 select from tasks
@@ -345,15 +348,29 @@ impl ProjectTx {
         self.judge_blocked(waiting).await
     }
 
-    /// Begins a run.
+    /// Begins a run, and withdraws the requests for approval that another beginning waited for. They are returned.
     ///
     /// # Errors
     /// When the database refuses.
-    pub async fn begin_mission_run(&mut self, new: &NewMissionRun<'_>) -> Result<()> {
-        sqlx::query!(
-            "insert into mission_runs (project_id, mission_id, number, group_label, schedule_id, context, quality_threshold,
-                volatile_team, deadline, started_at)
-            values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
+    pub async fn begin_mission_run(
+        &mut self,
+        new: &NewMissionRun<'_>,
+    ) -> Result<Vec<Id<ids::Approval>>> {
+        let withdrawn = sqlx::query_scalar!(
+            "with begun as (
+                insert into mission_runs (project_id, mission_id, number, group_label, schedule_id, context, quality_threshold,
+                    volatile_team, deadline, started_at)
+                values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
+            ), withdrawn as (
+                update approvals
+                set status = 'rejected', resolved_at = clock_timestamp(), resolved_by = 'engine', note = 'A run has begun without it.'
+                where project_id = $1 and mission_id = $2 and mission_run is null and status = 'pending'
+                returning id
+            ), called_off as (
+                delete from jobs using withdrawn
+                where jobs.project_id = $1 and jobs.kind = 'approval' and jobs.subject = withdrawn.id
+            )
+            select id from withdrawn",
             self.db.project,
             new.place.mission.uuid(),
             new.place.run,
@@ -365,9 +382,9 @@ impl ProjectTx {
             new.deadline,
             to_micros(new.started_at)
         )
-        .execute(self.open().await?)
+        .fetch_all(self.open().await?)
         .await?;
-        Ok(())
+        Ok(withdrawn.into_iter().map(Id::from).collect())
     }
 
     /// A run, held until the commit: what becomes of it is decided under this lock.

@@ -349,7 +349,8 @@ impl ProjectTx {
             where project_id = $1
               and (subject = $2
                 or subject in (select id from schedules where project_id = $1 and mission_id = $2)
-                or subject in (select id from barriers where project_id = $1 and mission_id = $2))",
+                or subject in (select id from barriers where project_id = $1 and mission_id = $2)
+                or subject in (select id from approvals where project_id = $1 and mission_id = $2))",
             self.db.project,
             mission.uuid()
         )

@@ -45,7 +45,7 @@ mod warm;
 mod webhooks;
 
 pub use agents::{AgentRow, NewAgent};
-pub use approvals::{ApprovalRow, NewApproval};
+pub use approvals::{ApprovalRow, NewApproval, Waiting, Withdrawn};
 pub use barriers::{BarrierRow, BarrierState, NewBarrier};
 use closing::{Assumed, Closing};
 pub use credentials::{CredentialRow, SealedCredential};

@@ -34,9 +34,30 @@ pub enum Hook {
     /// After it was judged, before the verdict counts.
     #[serde(rename = "assessment:complete")]
     AssessmentComplete,
+    /// Before a run of a mission begins.
+    #[serde(rename = "mission:execute")]
+    MissionExecute,
+    /// Before a run of a mission whose tasks have all ended is over.
+    #[serde(rename = "mission:complete")]
+    MissionComplete,
+    /// Before a mission's quality gate lets go on what it holds back.
+    #[serde(rename = "quality:gate")]
+    QualityGate,
+    /// Before a deadline that has passed takes effect on a task or a mission.
+    #[serde(rename = "quality:sla")]
+    QualitySla,
+    /// Before a schedule begins a run of its mission.
+    #[serde(rename = "schedule:trigger")]
+    ScheduleTrigger,
 }
 
 impl Hook {
+    /// The hook of this name.
+    pub fn of(name: &str) -> Option<Self> {
+        Self::deserialize(serde::de::value::StrDeserializer::<serde::de::value::Error>::new(name))
+            .ok()
+    }
+
     /// Its name on the wire.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -48,6 +69,11 @@ impl Hook {
             Self::TaskRetry => "task:retry",
             Self::AssessmentRun => "assessment:run",
             Self::AssessmentComplete => "assessment:complete",
+            Self::MissionExecute => "mission:execute",
+            Self::MissionComplete => "mission:complete",
+            Self::QualityGate => "quality:gate",
+            Self::QualitySla => "quality:sla",
+            Self::ScheduleTrigger => "schedule:trigger",
         }
     }
 }
@@ -69,7 +95,7 @@ pub enum GateHandler {
 pub enum OnTimeout {
     /// As if approved.
     Approve,
-    /// The task fails.
+    /// The task fails; what a mission was to do is not done.
     #[default]
     Reject,
 }
@@ -234,15 +260,41 @@ impl Gate {
         task: &Task,
         data: &Value,
     ) -> Option<&'a Self> {
+        let passed = &task.document.passed_gates;
+        Self::first_closed(gates, hook, passed, || context(task, hook, data))
+    }
+
+    /// The gate that stands in a mission's way at a hook, if one does: none of those in `passed`. `mission` is what conditions see of it.
+    pub fn closed_for_mission<'a>(
+        gates: &'a [Self],
+        hook: Hook,
+        passed: &[String],
+        mission: &Value,
+        data: &Value,
+    ) -> Option<&'a Self> {
+        Self::first_closed(
+            gates,
+            hook,
+            passed,
+            || json!({"data": data, "task": {}, "mission": mission, "hook": hook.as_str()}),
+        )
+    }
+
+    fn first_closed<'a>(
+        gates: &'a [Self],
+        hook: Hook,
+        passed: &[String],
+        context: impl FnOnce() -> Value,
+    ) -> Option<&'a Self> {
         let mut there: Vec<&Self> = gates
             .iter()
-            .filter(|gate| gate.hook == hook && !task.document.passed_gates.contains(&gate.id))
+            .filter(|gate| gate.hook == hook && !passed.contains(&gate.id))
             .collect();
         if there.is_empty() {
             return None;
         }
         there.sort_by_key(|gate| gate.priority.unwrap_or(50));
-        let seen = context(task, hook, data);
+        let seen = context();
         there.into_iter().find(|gate| gate.is_closed(&seen))
     }
 }

@@ -7,7 +7,7 @@ use super::{Held, Result};
 use crate::ids::{self, Approval, Id};
 use crate::lifecycle::{self, Aftermath};
 use crate::store::until;
-use crate::task::{Bypass, Status, Violation};
+use crate::task::{Bypass, Gate, Hook, Status, Violation};
 
 /// Looks at a task's deadline: a warning at 80 % of its time, a violation at its end (contract 2.6.4, SLA).
 pub(super) async fn deadline(held: &Held, id: Id<ids::Task>) -> Result<()> {
@@ -49,6 +49,14 @@ pub(super) async fn deadline(held: &Held, id: Id<ids::Task>) -> Result<()> {
         "overdueMs": (now - deadline).num_milliseconds(),
     });
     task.tell("sla:violated", told);
+    let data = json!({"entityType": "task", "deadline": deadline, "overdueMs": (now - deadline).num_milliseconds()});
+    let stoppable = task.status() == Status::Pending || task.status().is_active();
+    let gate = Gate::closed(&settings.approval_gates, Hook::QualitySla, &task, &data);
+    if let Some(gate) = gate.filter(|_| stoppable) {
+        lifecycle::stop_for_person(&mut tx, db, &mut task, gate).await?;
+        tx.commit().await?;
+        return Ok(());
+    }
     match settings.violation_action {
         Violation::Notify => lifecycle::save(&mut tx, db, &mut task).await?,
         Violation::Fail => lifecycle::stop_at_deadline(&mut tx, db, &mut task).await?,
@@ -89,12 +97,7 @@ pub(super) async fn escalation(held: &Held, id: Id<ids::Task>) -> Result<()> {
 
 /// Nobody has answered a request in its time.
 pub(super) async fn approval(held: &Held, id: Id<Approval>) -> Result<()> {
-    let db = &held.lease.db;
-    let mut tx = db.begin();
-    lifecycle::expire(&mut tx, db, id).await?;
-    tx.complete(&held.lease).await?;
-    tx.commit().await?;
-    Ok(())
+    Ok(lifecycle::expire(&held.lease, id).await?)
 }
 
 /// A delay between a mission's tasks is over.

@@ -7,7 +7,7 @@ use crate::assessments::{is_review, scored};
 use crate::harness::{Reply, TestApp, answer, eventually, last_text, said};
 
 /// A server whose project has these gates, and whose model repeats what it is asked.
-async fn with_gates(gates: Value) -> TestApp {
+pub(crate) async fn with_gates(gates: Value) -> TestApp {
     let app = TestApp::start_with(&["--retry-backoff-ms", "1"]).await;
     app.agent("noor").await;
     app.upstream.answers(|request| {
@@ -24,7 +24,7 @@ async fn with_gates(gates: Value) -> TestApp {
     app
 }
 
-fn gate(hook: &str, others: Value) -> Value {
+pub(crate) fn gate(hook: &str, others: Value) -> Value {
     let mut gate =
         json!({"id": hook, "name": format!("Gate {hook}"), "handler": "human", "hook": hook});
     gate.as_object_mut()
@@ -42,7 +42,12 @@ async fn waiting(app: &TestApp, task: &str) -> Value {
         .clone()
 }
 
-async fn decide(app: &TestApp, request: &Value, deed: &str, body: Value) -> (u16, Value) {
+pub(crate) async fn decide(
+    app: &TestApp,
+    request: &Value,
+    deed: &str,
+    body: Value,
+) -> (u16, Value) {
     let path = format!("/v1/approvals/{}/{deed}", request["id"].as_str().unwrap());
     let (status, body) = answer(app.post(&path, body)).await;
     (status.as_u16(), body)

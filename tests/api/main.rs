@@ -19,6 +19,7 @@ mod events;
 mod isolation;
 mod memory;
 mod mission_crashes;
+mod mission_gates;
 mod mission_histories;
 mod missions;
 mod places;

@@ -80,7 +80,7 @@ impl TestApp {
     }
 
     /// Has it be that every schedule has been due for so many seconds, and that the engine is to look at it.
-    async fn make_due(&self, seconds: f64) {
+    pub(crate) async fn make_due(&self, seconds: f64) {
         self.sql(format!(
             "begin;
             update production.schedules set next_run_at = clock_timestamp() - make_interval(secs => {seconds}) where enabled;

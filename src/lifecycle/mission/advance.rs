@@ -5,15 +5,17 @@ use serde_json::{Value, json};
 
 use super::super::{LifecycleError, Result};
 use super::execute::bring_team;
-use super::finish::finish;
+use super::finish::{Ended, finish};
+use super::gate::{Operation, Particulars, ask_leave, tell_withdrawn};
 use super::{go_on_if_nothing_pauses, next_look};
 use crate::event::timestamp;
 use crate::ids::{self, Id};
 use crate::mission::{Barrier, BarrierKind, BarrierList, Document, Mission, Status, TaskEnd};
 use crate::store::{
-    BarrierRow, BarrierState, DeletedTask, Job, MissionRunRow, ProjectDb, ProjectTx, until,
+    BarrierRow, BarrierState, DeletedTask, Job, MissionRunRow, ProjectDb, ProjectTx, Withdrawn,
+    until,
 };
-use crate::task::{Place, Task};
+use crate::task::{Hook, Place, Task};
 
 /// What follows for its mission when a task has ended or was taken up again. To be called when the task is stored. What it costs
 /// grows with what became ready, not with the size of the mission.
@@ -28,7 +30,7 @@ pub(in super::super) async fn follow(
     if task.status().is_terminal() {
         ended(tx, db, task, place).await
     } else if task.was_taken_up_again() {
-        taken_up_again(tx, task, place).await
+        taken_up_again(tx, db, task, place).await
     } else {
         Ok(())
     }
@@ -48,17 +50,22 @@ async fn ended(tx: &mut ProjectTx, db: &ProjectDb, task: &Task, place: Place) ->
         tx.wake_dependents(task).await?;
     }
     if outlook.barriers {
-        reach(tx, &run, Some(task.id)).await?;
+        reach(tx, db, &run, Some(task.id)).await?;
     }
     if !outlook.unfinished {
-        finish(tx, db, run, None).await?;
+        finish(tx, db, run, Ended::ByItself(&[])).await?;
     }
     Ok(())
 }
 
 /// A failed task is tried again: its mission, if it had ended, is under way again, closed gates wait for the task, and what was not
 /// reached because it held back nothing else is reached now.
-async fn taken_up_again(tx: &mut ProjectTx, task: &Task, place: Place) -> Result<()> {
+async fn taken_up_again(
+    tx: &mut ProjectTx,
+    db: &ProjectDb,
+    task: &Task,
+    place: Place,
+) -> Result<()> {
     let mut run = tx.lock_mission_run(place).await?;
     let mut mission = tx.lock_mission(place.mission).await?;
     let reopened = tx.reopen_gates(place, task.id).await?;
@@ -79,8 +86,16 @@ async fn taken_up_again(tx: &mut ProjectTx, task: &Task, place: Place) -> Result
     } else if reopened > 0 {
         go_on_if_nothing_pauses(tx, &run, &mut mission).await?;
     }
+    // It is not over any more, if a person was asked whether it is.
+    let withdrawn = tx
+        .withdraw_mission_approvals(
+            mission.id,
+            Withdrawn::At(place.run, Hook::MissionComplete.as_str()),
+        )
+        .await?;
+    tell_withdrawn(&mut mission, withdrawn);
     tx.save_mission(&mut mission).await?;
-    reach(tx, &run, Some(task.id)).await
+    reach(tx, db, &run, Some(task.id)).await
 }
 
 /// A run that had ended goes on, from where its barriers stand.
@@ -139,6 +154,7 @@ pub(super) fn reason(barrier: &BarrierRow) -> String {
 /// Whatever is reached now that a task has ended or was taken up again, or that some are gone. The run must be held.
 async fn reach(
     tx: &mut ProjectTx,
+    db: &ProjectDb,
     run: &MissionRunRow,
     moved: Option<Id<ids::Task>>,
 ) -> Result<()> {
@@ -151,7 +167,7 @@ async fn reach(
         match (barrier.list, barrier.state) {
             (BarrierList::Delays, _) => begin_delay(tx, &mut mission, barrier).await?,
             (BarrierList::Checkpoints, _) => stop_at_checkpoint(tx, &mut mission, barrier).await?,
-            (BarrierList::Gates, _) => judge_gate(tx, run, &mut mission, barrier).await?,
+            (BarrierList::Gates, _) => judge_again(tx, db, run, &mut mission, barrier, &[]).await?,
         }
     }
     tx.save_mission(&mut mission).await?;
@@ -212,11 +228,15 @@ fn pause_for(mission: &mut Mission, barrier: &BarrierRow) -> Result<()> {
     Ok(())
 }
 
-async fn judge_gate(
+/// Judges a quality gate, for which the gates of the settings in `passed` are open. The run and the mission must be held, and the
+/// mission stored after this.
+pub(super) async fn judge_again(
     tx: &mut ProjectTx,
+    db: &ProjectDb,
     run: &MissionRunRow,
     mission: &mut Mission,
     mut barrier: BarrierRow,
+    passed: &[String],
 ) -> Result<()> {
     let Some(BarrierKind::Gate(gate)) =
         Barrier::of_view(barrier.list, &barrier.document).map(|barrier| barrier.kind)
@@ -232,16 +252,24 @@ async fn judge_gate(
     let seen = seen_of(tx, run, mission).await?;
     let judgement = gate.judge(&ends, &seen);
     if let Some(reason) = judgement.closed {
-        if barrier.reason.as_ref() != Some(&reason) {
-            mission.tell(
-                "quality:gate:failed",
-                json!({"group": barrier.group, "gateName": barrier.name, "avgScore": judgement.mean, "reason": reason}),
-            );
-        }
-        barrier.state = BarrierState::Failed;
-        barrier.reason = Some(reason);
-        barrier.reached_at.get_or_insert_with(Utc::now);
-        tx.save_barrier(&barrier).await?;
+        withdraw_for(tx, mission, &barrier).await?;
+        stay_closed(tx, mission, &mut barrier, judgement.mean, reason).await?;
+        return pause_for(mission, &barrier);
+    }
+    let operation = Operation {
+        hooks: &[Hook::QualityGate],
+        run: Some(run.place.run),
+        mission: seen,
+        data: json!({"gateName": barrier.name, "avgScore": judgement.mean}),
+        particulars: Particulars {
+            schedule: None,
+            barrier: Some(barrier.id),
+            passed: passed.to_vec(),
+        },
+    };
+    let settings = db.settings().await?;
+    if let Some(asked) = ask_leave(tx, &settings, mission, operation).await? {
+        close(tx, &mut barrier, asked.sentence).await?;
         return pause_for(mission, &barrier);
     }
     pass(
@@ -254,10 +282,53 @@ async fn judge_gate(
     go_on_if_nothing_pauses(tx, run, mission).await
 }
 
+/// A quality gate holds back what it holds, and says why if that is new.
+pub(super) async fn stay_closed(
+    tx: &mut ProjectTx,
+    mission: &mut Mission,
+    barrier: &mut BarrierRow,
+    mean: Option<f64>,
+    reason: String,
+) -> Result<()> {
+    if barrier.reason.as_ref() != Some(&reason) {
+        mission.tell(
+            "quality:gate:failed",
+            json!({"group": barrier.group, "gateName": barrier.name, "avgScore": mean, "reason": reason}),
+        );
+    }
+    close(tx, barrier, reason).await
+}
+
+/// Nobody need be asked about a quality gate any more.
+async fn withdraw_for(
+    tx: &mut ProjectTx,
+    mission: &mut Mission,
+    barrier: &BarrierRow,
+) -> Result<()> {
+    let withdrawn = tx
+        .withdraw_mission_approvals(mission.id, Withdrawn::For(barrier.place.run, barrier.id))
+        .await?;
+    tell_withdrawn(mission, withdrawn);
+    Ok(())
+}
+
+async fn close(tx: &mut ProjectTx, barrier: &mut BarrierRow, reason: String) -> Result<()> {
+    barrier.state = BarrierState::Failed;
+    barrier.reason = Some(reason);
+    barrier.reached_at.get_or_insert_with(Utc::now);
+    tx.save_barrier(barrier).await?;
+    Ok(())
+}
+
 /// What conditions can see of a mission.
-async fn seen_of(tx: &mut ProjectTx, run: &MissionRunRow, mission: &Mission) -> Result<Value> {
-    let mut seen =
-        json!({"id": mission.id, "name": mission.name, "group": run.group, "run": run.place.run});
+pub(super) async fn seen_of(
+    tx: &mut ProjectTx,
+    run: &MissionRunRow,
+    mission: &Mission,
+) -> Result<Value> {
+    let mut seen = json!({
+        "id": mission.id, "name": mission.name, "group": run.group, "run": run.place.run, "status": mission.status(),
+    });
     let context = tx.mission_context(run.place).await?;
     seen["data"] = context.get("data").cloned().unwrap_or_else(|| json!({}));
     Ok(seen)
@@ -274,6 +345,9 @@ pub(super) async fn pass(
     barrier.reason = None;
     tx.save_barrier(barrier).await?;
     tx.free_held_tasks(barrier).await?;
+    if barrier.list == BarrierList::Gates {
+        withdraw_for(tx, mission, barrier).await?;
+    }
     let (event, name) = match barrier.list {
         BarrierList::Checkpoints => ("checkpoint:resumed", "checkpointName"),
         BarrierList::Gates => ("quality:gate:passed", "gateName"),
@@ -321,9 +395,9 @@ pub async fn tasks_removed(
         if run.ended_at.is_some() {
             continue;
         }
-        reach(tx, &run, None).await?;
+        reach(tx, db, &run, None).await?;
         if !tx.has_unfinished(place).await? {
-            finish(tx, db, run, None).await?;
+            finish(tx, db, run, Ended::ByItself(&[])).await?;
         }
     }
     Ok(())

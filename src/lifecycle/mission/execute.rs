@@ -8,6 +8,7 @@ use serde_json::json;
 
 use super::super::approve::request_approval;
 use super::super::{LifecycleError, Result};
+use super::gate::{Asked, Operation, Particulars, ask_leave, tell_withdrawn};
 use super::{next_look, wrong_state};
 use crate::ids::{self, Id};
 use crate::mission::{Document, Mission, Plan, Status, TaskDefinition, Team, group};
@@ -28,17 +29,48 @@ pub struct Execution {
     pub place: Place,
 }
 
+/// What came of an attempt to begin a run.
+#[derive(Debug)]
+pub(in super::super) enum Begun {
+    /// It has begun.
+    Run(Execution),
+    /// A person is asked first.
+    Waits(Asked),
+}
+
+/// On what occasion a run begins.
+#[derive(Debug, Clone, Copy, Default)]
+pub(in super::super) struct Occasion<'a> {
+    /// The schedule that begins it.
+    pub(in super::super) schedule: Option<&'a ScheduleRow>,
+    /// The gates that are open for it already.
+    pub(in super::super) passed: &'a [String],
+}
+
 /// Begins a run of a mission.
 ///
 /// # Errors
-/// 409 while it runs and when it is completed; [`LifecycleError::Invalid`] for a task whose agent does not exist.
+/// 409 while it runs and when it is completed, and when a person is asked first; [`LifecycleError::Invalid`] for a task whose agent does
+/// not exist.
 pub async fn execute(db: &ProjectDb, id: Id<ids::Mission>) -> Result<Execution> {
     let mut tx = db.begin();
     let mut mission = tx.lock_mission(id).await?;
-    let execution = begin_run(&mut tx, db, &mut mission, None, Utc::now()).await?;
-    tx.save_mission(&mut mission).await?;
+    let begun = begin_run(&mut tx, db, &mut mission, Occasion::default(), Utc::now()).await?;
+    settle(tx, &mut mission, begun).await
+}
+
+/// Commits what came of an attempt: the request too, for which there is no run.
+async fn settle(mut tx: ProjectTx, mission: &mut Mission, begun: Begun) -> Result<Execution> {
+    let execution = match begun {
+        Begun::Run(execution) => Ok(execution),
+        Begun::Waits(asked) => {
+            mission.reason = Some(asked.sentence.clone());
+            Err(asked.refusal(mission))
+        }
+    };
+    tx.save_mission(mission).await?;
     tx.commit().await?;
-    Ok(execution)
+    execution
 }
 
 /// Makes a mission under a free name and executes it, in one commit.
@@ -57,20 +89,19 @@ pub async fn launch(
     tx.create_mission(&mut mission, document)
         .await
         .map_err(|error| super::taken(error, &mission.name))?;
-    let execution = begin_run(&mut tx, db, &mut mission, None, Utc::now()).await?;
-    tx.save_mission(&mut mission).await?;
-    tx.commit().await?;
+    let begun = begin_run(&mut tx, db, &mut mission, Occasion::default(), Utc::now()).await?;
+    let execution = settle(tx, &mut mission, begun).await?;
     Ok((mission, execution))
 }
 
-/// Begins a run, for a schedule or a person. The mission must be held, and stored after this.
+/// Begins a run, for a schedule or a person, unless a gate stands in its way. The mission must be held, and stored after this.
 pub(in super::super) async fn begin_run(
     tx: &mut ProjectTx,
     db: &ProjectDb,
     mission: &mut Mission,
-    schedule: Option<&ScheduleRow>,
+    occasion: Occasion<'_>,
     now: DateTime<Utc>,
-) -> Result<Execution> {
+) -> Result<Begun> {
     if !mission.status().can_execute() {
         let deed = match mission.status() {
             Status::Completed => "executed; PATCH its `status` to `draft` to use it again",
@@ -81,12 +112,23 @@ pub(in super::super) async fn begin_run(
     let members = tx.mission_definition(mission.id).await?;
     let (document, plan) = Document::check(&members).map_err(LifecycleError::Faults)?;
     let settings = db.settings().await?;
-    mission.execution_count += 1;
+    let schedule = occasion.schedule;
     let place = Place {
         mission: mission.id,
-        run: mission.execution_count,
+        run: mission.execution_count + 1,
     };
     let group = group(&mission.name, place.run);
+    let operation = beginning(mission, &document, &occasion, &group, place);
+    if let Some(asked) = ask_leave(tx, &settings, mission, operation).await? {
+        return Ok(Begun::Waits(asked));
+    }
+    if let Some(schedule) = schedule {
+        mission.tell(
+            "schedule:triggered",
+            json!({"scheduleId": schedule.id, "expression": schedule.expression}),
+        );
+    }
+    mission.execution_count = place.run;
     let deadline = deadline_of(&document, schedule, now);
     let team = document
         .team
@@ -96,7 +138,7 @@ pub(in super::super) async fn begin_run(
         bring_team(tx, team, &group).await?;
     }
     let agents = agents(tx, &document).await?;
-    tx.begin_mission_run(&NewMissionRun {
+    let new = NewMissionRun {
         place,
         group: &group,
         schedule: schedule.map(|schedule| schedule.id),
@@ -105,8 +147,8 @@ pub(in super::super) async fn begin_run(
         volatile_team: team.is_some_and(|team| team.volatile),
         deadline,
         started_at: now,
-    })
-    .await?;
+    };
+    tell_withdrawn(mission, tx.begin_mission_run(&new).await?);
     let made = Made {
         document: &document,
         plan: &plan,
@@ -126,11 +168,40 @@ pub(in super::super) async fn begin_run(
         "mission:executed",
         json!({"group": group, "taskCount": tasks.len()}),
     );
-    Ok(Execution {
+    Ok(Begun::Run(Execution {
         tasks,
         group,
         place,
-    })
+    }))
+}
+
+/// The beginning of a run as gates see it.
+fn beginning<'a>(
+    mission: &Mission,
+    document: &Document,
+    occasion: &Occasion<'_>,
+    group: &str,
+    place: Place,
+) -> Operation<'a> {
+    let hooks: &[Hook] = match occasion.schedule {
+        Some(_) => &[Hook::ScheduleTrigger, Hook::MissionExecute],
+        None => &[Hook::MissionExecute],
+    };
+    let schedule = occasion.schedule.map(|schedule| schedule.id);
+    Operation {
+        hooks,
+        run: None,
+        mission: json!({
+            "id": mission.id, "name": mission.name, "group": group, "run": place.run, "status": mission.status(),
+            "data": document.data,
+        }),
+        data: json!({"taskCount": document.tasks.len(), "scheduleId": schedule}),
+        particulars: Particulars {
+            schedule,
+            barrier: None,
+            passed: occasion.passed.to_vec(),
+        },
+    }
 }
 
 /// The earlier of the mission's date, unless that has passed, and its schedule's time after the start.

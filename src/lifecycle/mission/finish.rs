@@ -4,21 +4,34 @@ use chrono::{DateTime, Utc};
 use serde_json::json;
 
 use super::super::{Result, withdraw};
+use super::advance::seen_of;
+use super::gate::{Operation, Particulars, ask_leave, tell_withdrawn};
 use super::next_look;
 use crate::event::timestamp;
 use crate::ids::{self, Id};
-use crate::mission::{Mission, Status, TaskEnd, Verdict, report};
+use crate::mission::{Mission, Status, TaskEnd, Verdict, mean_score, report};
 use crate::store::{
     Job, Lease, MissionRunRow, ProjectDb, ProjectTx, ScheduleRow, StoreError, TaskFilter,
 };
-use crate::task::{Bypass, Cleanup, EndReason, Place, Status as TaskStatus, Task, TaskResult};
+use crate::task::{
+    Bypass, Cleanup, EndReason, Hook, Place, Status as TaskStatus, Task, TaskResult,
+};
 
-/// Ends a run whose tasks have all ended. The run must be held. `trouble` says why it ended when its tasks do not.
+/// Why a run ends.
+#[derive(Debug, Clone)]
+pub(super) enum Ended<'a> {
+    /// Its tasks have. A person may be asked first whether it is over; these gates are open for it.
+    ByItself(&'a [String]),
+    /// For another reason, a sentence, and without a question.
+    For(String),
+}
+
+/// Ends a run whose tasks have all ended, unless a gate stands in its way. The run must be held.
 pub(super) async fn finish(
     tx: &mut ProjectTx,
     db: &ProjectDb,
     mut run: MissionRunRow,
-    trouble: Option<String>,
+    why: Ended<'_>,
 ) -> Result<()> {
     let place = run.place;
     let tasks = tx.tasks_of_run(place).await?;
@@ -26,7 +39,17 @@ pub(super) async fn finish(
     let verdict = Verdict::of(&ends, run.quality_threshold);
     let mut mission = tx.lock_mission(place.mission).await?;
     let schedule = tx.schedule_of(place.mission).await?;
-    let passed = verdict.passed() && trouble.is_none();
+    let passed = verdict.passed() && matches!(why, Ended::ByItself(_));
+    let trouble = match why {
+        Ended::For(sentence) => Some(sentence),
+        Ended::ByItself(open) => {
+            if is_asked_first(tx, db, &run, &mut mission, &ends, open).await? {
+                tx.save_mission(&mut mission).await?;
+                return Ok(());
+            }
+            None
+        }
+    };
     let reason = trouble.or_else(|| verdict.trouble(&ends, run.quality_threshold));
     let now = Utc::now();
     let next = resting(schedule.as_ref(), passed, now);
@@ -54,14 +77,46 @@ pub(super) async fn finish(
     run.held = false;
     run.report = Some(report);
     tx.save_mission_run(&run, Some(passed)).await?;
+    tell_withdrawn(&mut mission, tx.call_off_what_waits(place).await?);
     tx.save_mission(&mut mission).await?;
-    tx.call_off_timers(place).await?;
     if let Some(schedule) = schedule.filter(|schedule| schedule.queued) {
         // What waited for this end is begun under the lease of that job, which reads the mark.
         tx.enqueue(Job::Schedule(schedule.id), 1.0, super::super::NOW)
             .await?;
     }
     dismiss_team(tx, db, &run).await
+}
+
+/// Whether a person is asked before a run whose tasks have ended is over. The gates in `open` are open for it.
+async fn is_asked_first(
+    tx: &mut ProjectTx,
+    db: &ProjectDb,
+    run: &MissionRunRow,
+    mission: &mut Mission,
+    ends: &[TaskEnd],
+    open: &[String],
+) -> Result<bool> {
+    let settings = db.settings().await?;
+    let hook = Hook::MissionComplete;
+    if !settings.approval_gates.iter().any(|gate| gate.hook == hook) {
+        return Ok(false);
+    }
+    let passed = Verdict::of(ends, run.quality_threshold).passed();
+    let operation = Operation {
+        hooks: &[hook],
+        run: Some(run.place.run),
+        mission: seen_of(tx, run, mission).await?,
+        data: json!({"allPassed": passed, "avgScore": mean_score(ends), "taskCount": ends.len()}),
+        particulars: Particulars {
+            passed: open.to_vec(),
+            ..Particulars::default()
+        },
+    };
+    let asked = ask_leave(tx, &settings, mission, operation).await?;
+    if let Some(asked) = &asked {
+        mission.reason = Some(asked.sentence.clone());
+    }
+    Ok(asked.is_some())
 }
 
 /// Where a mission rests after a run.
@@ -165,11 +220,27 @@ pub async fn deadline(lease: &Lease, id: Id<ids::Mission>) -> Result<()> {
             "overdueMs": (now - deadline).num_milliseconds(),
         });
         mission.tell("sla:violated", told);
+        let operation = Operation {
+            hooks: &[Hook::QualitySla],
+            run: Some(place.run),
+            mission: seen_of(&mut tx, &run, &mission).await?,
+            data: json!({
+                "entityType": "mission", "deadline": timestamp(deadline), "overdueMs": (now - deadline).num_milliseconds(),
+            }),
+            particulars: Particulars::default(),
+        };
+        let settings = db.settings().await?;
+        let asked = ask_leave(&mut tx, &settings, &mut mission, operation).await?;
         tx.save_mission(&mut mission).await?;
-        let sentence = "The mission's deadline has passed.";
-        end_tasks(&mut tx, &mut tasks, EndReason::Deadline, sentence).await?;
-        finish(&mut tx, db, run, Some(sentence.to_owned())).await?;
-        // The end calls it off.
+        match asked {
+            // It goes on until someone says that it ends.
+            Some(_) => tx.complete(lease).await?,
+            // The end calls the job off.
+            None => {
+                let sentence = "The mission's deadline has passed.";
+                end_overdue(&mut tx, db, run, &mut tasks, sentence).await?;
+            }
+        }
         tx.commit().await?;
         return Ok(());
     }
@@ -181,6 +252,18 @@ pub async fn deadline(lease: &Lease, id: Id<ids::Mission>) -> Result<()> {
     tx.put_off(lease, pause).await?;
     tx.commit().await?;
     Ok(())
+}
+
+/// Ends a run whose deadline has passed, with those of its tasks that have not. All must be held.
+pub(super) async fn end_overdue(
+    tx: &mut ProjectTx,
+    db: &ProjectDb,
+    run: MissionRunRow,
+    tasks: &mut [Task],
+    sentence: &str,
+) -> Result<()> {
+    end_tasks(tx, tasks, EndReason::Deadline, sentence).await?;
+    finish(tx, db, run, Ended::For(sentence.to_owned())).await
 }
 
 fn warn(mission: &mut Mission, run: &MissionRunRow, deadline: DateTime<Utc>, now: DateTime<Utc>) {

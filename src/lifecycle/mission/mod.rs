@@ -19,14 +19,16 @@ mod advance;
 mod define;
 mod execute;
 mod finish;
+mod gate;
 mod steer;
 
 pub(super) use advance::follow;
 pub use advance::{delay_over, tasks_removed};
 pub use define::{MissionChange, NewMission, create, edit, update};
-pub(super) use execute::begin_run;
+pub(super) use execute::{Begun, Occasion, begin_run};
 pub use execute::{Execution, execute, launch};
 pub use finish::deadline;
+pub(super) use gate::{approve, expire};
 pub use steer::{Resumed, abort, delete, pause, resume, resume_checkpoint};
 
 fn taken(error: StoreError, name: &str) -> LifecycleError {

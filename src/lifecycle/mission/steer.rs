@@ -5,11 +5,12 @@ use serde_json::json;
 use super::super::{LifecycleError, Result, operate, save};
 use super::advance::{open_again, pass};
 use super::finish::{dismiss_newest_team, dismiss_team, end_tasks, remove_tasks};
+use super::gate::tell_withdrawn;
 use super::{go_on_if_nothing_pauses, hold, newest, read, wrong_state};
 use crate::event::Event;
 use crate::ids::{self, Id};
 use crate::mission::{BarrierList, Status};
-use crate::store::{BarrierRow, ProjectDb, StoreError};
+use crate::store::{BarrierRow, ProjectDb, StoreError, Withdrawn};
 use crate::task::EndReason;
 
 /// Why a mission is paused that a person paused.
@@ -187,13 +188,17 @@ async fn try_abort(db: &ProjectDb, id: Id<ids::Mission>) -> Result<Option<usize>
         run.held = false;
         tx.save_mission_run(run, Some(false)).await?;
     }
+    let waiting = tx.withdraw_mission_approvals(id, Withdrawn::BeforeRuns);
+    tell_withdrawn(&mut mission, waiting.await?);
+    if let Some(run) = &run {
+        tell_withdrawn(&mut mission, tx.call_off_what_waits(run.place).await?);
+    }
     mission.go(Status::Cancelled, Some("Aborted.".to_owned()))?;
     let told = json!({"name": mission.name, "aborted": tasks.len()});
     mission.tell("mission:aborted", told);
     tx.save_mission(&mut mission).await?;
     tx.delete_schedule_of(id).await?;
     if let Some(run) = &run {
-        tx.call_off_timers(run.place).await?;
         dismiss_team(&mut tx, db, run).await?;
     }
     tx.commit().await?;
