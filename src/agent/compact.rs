@@ -332,6 +332,7 @@ mod tests {
             messages.push(Message::Tool {
                 tool_call_id: id,
                 content: "x".repeat(length),
+                failed: false,
             });
         }
         ModelRequest {

@@ -194,6 +194,7 @@ pub fn turn(
                 request.messages.push(Message::Tool {
                     tool_call_id: call.id.clone(),
                     content: state.result().unwrap_or_default().to_owned(),
+                    failed: matches!(state, ToolState::Failed(_)),
                 });
                 yield TurnEvent::Tool(ToolUse { call, state });
             }

@@ -177,6 +177,7 @@ fn read_message(index: usize, message: ChatMessage) -> Result<Message, ApiError>
             Ok(Message::Tool {
                 tool_call_id,
                 content: read_text(&at("content"), message.content)?,
+                failed: false,
             })
         }
         _ => Err(ApiError::invalid(

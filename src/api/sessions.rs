@@ -114,6 +114,9 @@ pub struct ToolCallView {
     pub state: String,
 }
 
+/// The state of a call whose tool failed.
+const FAILED: &str = "error";
+
 fn completed() -> String {
     "completed".to_owned()
 }
@@ -385,6 +388,7 @@ fn stored(index: usize, message: ImportMessage) -> Result<Vec<NewMessage>, ApiEr
         Some(Message::Tool {
             tool_call_id: call.id,
             content: text_of(call.result?),
+            failed: call.state == FAILED,
         })
     }));
     let now = Utc::now();
@@ -440,6 +444,7 @@ pub(super) fn views(rows: Vec<MessageRow>) -> Result<Vec<MessageView>, ApiError>
             Message::Tool {
                 tool_call_id,
                 content,
+                failed,
             } => {
                 let calls = views
                     .iter_mut()
@@ -447,7 +452,11 @@ pub(super) fn views(rows: Vec<MessageRow>) -> Result<Vec<MessageView>, ApiError>
                     .flat_map(|view| view.tool_calls.iter_mut());
                 if let Some(call) = calls.into_iter().find(|call| call.id == tool_call_id) {
                     call.result = Some(json!(content));
-                    call.state = completed();
+                    call.state = if failed {
+                        FAILED.to_owned()
+                    } else {
+                        completed()
+                    };
                 }
                 continue;
             }

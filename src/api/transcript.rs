@@ -82,6 +82,7 @@ fn message(step: &StepRow) -> Option<Value> {
         StepKind::Tool => Some(json!(Message::Tool {
             tool_call_id: body["toolCallId"].as_str().unwrap_or_default().to_owned(),
             content: body["content"].as_str().unwrap_or_default().to_owned(),
+            failed: body["state"] == "error",
         })),
         StepKind::Compaction | StepKind::Review => None,
     }

@@ -135,6 +135,7 @@ impl Progress {
                 self.said.push(Message::Tool {
                     tool_call_id: tool.call.id.clone(),
                     content: result.clone(),
+                    failed: matches!(tool.state, ToolState::Failed(_)),
                 });
             }
         }
@@ -158,6 +159,7 @@ impl Progress {
                 messages.push(Message::Tool {
                     tool_call_id: call.id,
                     content: "Interrupted: it may or may not have been done.".to_owned(),
+                    failed: true,
                 });
             }
         }

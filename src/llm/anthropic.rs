@@ -171,12 +171,15 @@ fn messages(messages: &[Message]) -> Result<Value, ProviderError> {
             Message::Tool {
                 tool_call_id,
                 content,
-            } => (
-                "user",
-                vec![
-                    json!({"type": "tool_result", "tool_use_id": tool_call_id, "content": content}),
-                ],
-            ),
+                failed,
+            } => {
+                let mut result =
+                    json!({"type": "tool_result", "tool_use_id": tool_call_id, "content": content});
+                if *failed {
+                    result["is_error"] = json!(true);
+                }
+                ("user", vec![result])
+            }
             Message::Assistant {
                 content,
                 tool_calls,
@@ -402,5 +405,24 @@ fn reason_of(word: &str) -> FinishReason {
         "tool_use" => FinishReason::ToolCalls,
         "refusal" => FinishReason::ContentFilter,
         _ => FinishReason::Stop,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tool_that_failed_is_told_as_one() {
+        for failed in [false, true] {
+            let result = Message::Tool {
+                tool_call_id: "t".to_owned(),
+                content: "It is not there.".to_owned(),
+                failed,
+            };
+            let written = messages(&[result]).unwrap();
+            let told = written[0]["content"][0].get("is_error").cloned();
+            assert_eq!(told, failed.then_some(json!(true)));
+        }
     }
 }

@@ -183,6 +183,9 @@ pub enum Message {
         tool_call_id: String,
         /// The result as the model reads it.
         content: String,
+        /// Whether the tool failed, and the result says how.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        failed: bool,
     },
 }
 

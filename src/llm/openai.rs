@@ -268,6 +268,7 @@ fn message(message: &Message) -> Value {
         Message::Tool {
             tool_call_id,
             content,
+            ..
         } => {
             json!({"role": "tool", "tool_call_id": tool_call_id, "content": content})
         }

@@ -306,6 +306,7 @@ pub(super) async fn replay(
                         .unwrap_or_default()
                         .to_owned(),
                     content: step.body["content"].as_str().unwrap_or_default().to_owned(),
+                    failed: step.body["state"] == "error",
                 });
             }
             StepKind::Compaction => {
@@ -330,6 +331,7 @@ pub(super) async fn replay(
         messages.push(Message::Tool {
             tool_call_id: call.id.clone(),
             content: content.clone(),
+            failed: true,
         });
         let state = ToolState::Failed(content);
         recorder

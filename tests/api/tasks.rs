@@ -520,6 +520,8 @@ async fn transcript_reads_like_a_session(app: &TestApp, task: &Value, activity: 
     assert_eq!(messages[0]["content"], task["description"]);
     assert_eq!(messages[1]["toolCalls"].as_array().unwrap().len(), 2);
     assert!(messages[1]["toolCalls"][0]["result"].is_string());
+    assert_eq!(messages[1]["toolCalls"][0]["state"], "completed");
+    assert_eq!(messages[2]["toolCalls"][0]["state"], "error");
     let last = messages[3]["id"].as_str().unwrap();
     let (_, before) = answer(app.get(&format!("{path}?before={last}&limit=2"))).await;
     assert_eq!(before["messages"], json!([messages[2]]));

@@ -239,6 +239,15 @@ async fn allowed_tools_decides_what_the_model_sees_and_may_call() {
         app.upstream.will_say("I cannot.");
         let last = last_tool(&app).await;
         assert_eq!(last["state"], "error");
+        let (_, sessions) = answer(app.get("/v1/chat/sessions?limit=1")).await;
+        let session = sessions["sessions"][0]["id"].as_str().unwrap();
+        let path = format!("/v1/chat/sessions/{session}/messages");
+        let (_, stored) = answer(app.get(&path)).await;
+        let call = &stored["messages"][1]["toolCalls"][0];
+        assert_eq!(
+            (&call["state"], &call["result"]),
+            (&json!("error"), &last["result"])
+        );
         assert!(
             last["result"].as_str().unwrap().contains(expected),
             "{last}"
