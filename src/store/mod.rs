@@ -37,6 +37,7 @@ mod schedules;
 mod sessions;
 mod settings;
 mod statistics;
+mod steps;
 mod tasks;
 mod teams;
 mod turns;
@@ -65,9 +66,11 @@ pub use missions::MissionRow;
 pub use organizations::OrganizationRow;
 pub use playbooks::PlaybookSummary;
 pub use projects::{ProjectRow, ProjectStatus};
-pub use runs::{NewStep, ProcessRow, RunRow, StepKind, StepRow, TranscriptRow, Words};
+pub use runs::{ProcessRow, RunRow, TranscriptRow, Words};
 pub use schedules::ScheduleRow;
 pub use sessions::{MessageRow, NewMessage, SessionFilter, SessionRow};
+use steps::Together;
+pub use steps::{NewStep, StepKind, StepRow};
 pub use tasks::{DeletedTask, Need, NeedResult, TaskFilter, storable};
 pub use teams::TeamRow;
 pub use turns::{CallUsage, RunStatus, TurnRecord};
@@ -134,6 +137,12 @@ impl StoreError {
     /// Whether the named constraint refused the change.
     pub fn is_constraint(&self, name: &str) -> bool {
         matches!(self, Self::Constraint(constraint) if constraint == name)
+    }
+
+    /// Whether a step was not recorded because it is on record: it was, and only the answer got lost. Whichever of its rows is written
+    /// first is the one that is refused.
+    pub fn is_recorded_step(&self) -> bool {
+        self.is_constraint("steps_pkey") || self.is_constraint("model_calls_pkey")
     }
 }
 
@@ -204,6 +213,7 @@ pub struct Db {
     warm: Arc<Warm>,
     bell: Arc<Bell>,
     logs: Arc<Logs>,
+    together: Arc<Together>,
 }
 
 impl Db {
@@ -245,6 +255,7 @@ impl Db {
             warm: Arc::default(),
             bell: Arc::default(),
             logs: Arc::default(),
+            together: Arc::default(),
         })
     }
 
@@ -289,6 +300,7 @@ impl Db {
             warm: self.warm.clone(),
             bell: self.bell.clone(),
             logs: self.logs.clone(),
+            together: self.together.clone(),
         }
     }
 }
@@ -305,6 +317,7 @@ pub struct ProjectDb {
     warm: Arc<Warm>,
     bell: Arc<Bell>,
     logs: Arc<Logs>,
+    together: Arc<Together>,
 }
 
 impl ProjectDb {

@@ -457,7 +457,7 @@ impl Sitting<'_> {
                 .await
             {
                 Ok(()) => break,
-                Err(error) if error.is_constraint("steps_pkey") => break,
+                Err(error) if error.is_recorded_step() => break,
                 Err(StoreError::Unavailable(error)) => {
                     patience.wait(self.held, error.into()).await?
                 }

@@ -184,7 +184,7 @@ impl<'a> Recorder<'a> {
                     break;
                 }
                 // It was recorded, and only the answer got lost.
-                Err(error) if error.is_constraint("steps_pkey") => break,
+                Err(error) if error.is_recorded_step() => break,
                 Err(StoreError::Unavailable(error)) => {
                     patience.wait(self.held, error.into()).await?
                 }
