@@ -132,8 +132,11 @@ async fn go_on(
         settle(tx, task).await?;
         return save(tx, db, task).await;
     }
-    // Work whose judgement was held up is not done again, nor is what an overdue task has done; a blocked retry waits for its turn like any.
-    let judged = row.hook.starts_with("assessment:") || row.hook == Hook::QualitySla.as_str();
+    if row.hook == Hook::QualitySla.as_str() {
+        return go_on_overdue(tx, db, task).await;
+    }
+    // Work whose judgement was held up is not done again; a blocked retry waits for its turn like any.
+    let judged = row.hook.starts_with("assessment:");
     if is_retry(row) {
         let feedback = task.document.feedback.take();
         let fallback = fallback(db, task).await?;
@@ -151,6 +154,20 @@ async fn go_on(
         task.go(Status::Assigned)?;
     }
     owe(tx, task, NOW).await?;
+    save(tx, db, task).await
+}
+
+/// An overdue task goes on as it was when it was stopped: from its last step, or waiting for its turn, or held.
+async fn go_on_overdue(tx: &mut ProjectTx, db: &ProjectDb, task: &mut Task) -> Result<()> {
+    let was_at_work = task.run.is_some() && !task.held;
+    task.go(if was_at_work {
+        Status::Assigned
+    } else {
+        Status::Pending
+    })?;
+    if !task.held {
+        owe(tx, task, NOW).await?;
+    }
     save(tx, db, task).await
 }
 
@@ -192,7 +209,7 @@ pub async fn reject(
     let row = resolve(&mut tx, db, id, "rejected", by, Some(feedback)).await?;
     let Some(mut task) = task else {
         return Err(NotResolved::Conflict(
-            "This request belongs to no task and cannot be rejected. Approve it, or leave it: what it is about does not happen until then."
+            "This request belongs to no task and cannot be rejected. Approve it, or leave it as it is."
                 .to_owned(),
         ));
     };

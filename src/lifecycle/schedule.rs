@@ -6,14 +6,14 @@
 use chrono::{DateTime, Utc};
 use serde_json::json;
 
-use super::mission::{Begun, Execution, Occasion, begin_run};
+use super::mission::{Begun, Execution, Occasion, begin_run, withdraw};
 use super::{LifecycleError, Result};
 use crate::event::timestamp;
 use crate::ids::{self, Id};
 use crate::mission::{
     CatchUp, Decision, Mission, Overlap, Schedule, SkipReason, Standing, Status, Timing,
 };
-use crate::store::{Job, Lease, ProjectDb, ProjectTx, ScheduleRow, StoreError, until};
+use crate::store::{Job, Lease, ProjectDb, ProjectTx, ScheduleRow, StoreError, Withdrawn, until};
 
 /// A schedule to be set.
 #[derive(Debug, Clone)]
@@ -124,6 +124,7 @@ async fn plan(
     }
     schedule.next_run_at = next.filter(|_| schedule.enabled);
     tx.save_schedule(schedule).await?;
+    withdraw(tx, mission, Withdrawn::Of(schedule.id)).await?;
     match schedule.next_run_at {
         Some(next) => {
             tx.enqueue(Job::Schedule(schedule.id), 1.0, until(next, now))
@@ -227,6 +228,7 @@ pub(super) async fn change(
         schedule.next_run_at = None;
         schedule.queued = false;
         tx.save_schedule(&mut schedule).await?;
+        withdraw(tx, mission, Withdrawn::Of(schedule.id)).await?;
         tx.call_off(Job::Schedule(schedule.id)).await?;
         let waits = waiting(&schedule);
         let waited = matches!(mission.status(), Status::Recurring | Status::Scheduled);
@@ -276,6 +278,9 @@ pub async fn delete(db: &ProjectDb, mission: Id<ids::Mission>) -> Result<()> {
 
 /// Removes a schedule, if there is one. The mission must be held, and stored after this.
 pub(super) async fn remove(tx: &mut ProjectTx, mission: &mut Mission) -> Result<()> {
+    if let Some(schedule) = tx.schedule_of(mission.id).await? {
+        withdraw(tx, mission, Withdrawn::Of(schedule.id)).await?;
+    }
     tx.delete_schedule_of(mission.id).await?;
     if matches!(mission.status(), Status::Scheduled | Status::Recurring) {
         mission.go(Status::Draft, None)?;
@@ -338,6 +343,7 @@ pub async fn fire(
         }
         Decision::Expire => {
             expire(&mut mission, &mut schedule)?;
+            withdraw(&mut tx, &mut mission, Withdrawn::BeforeRuns).await?;
             Fired::Nothing
         }
     };
@@ -396,14 +402,17 @@ fn tell_skipped(
     );
 }
 
-/// Nobody approved of a schedule's run in time: it is left out, and a mission that has no other fails. The mission must be held, with the
+/// Nobody approved of a run in time. Where a schedule was to begin it, it is left out; and a mission that waits for a date and has no
+/// other fails. The mission must be held, with the
 /// reason, and stored after this.
 pub(super) async fn leave_out_unanswered(
     tx: &mut ProjectTx,
     mission: &mut Mission,
-    schedule: Id<ids::Schedule>,
+    schedule: Option<Id<ids::Schedule>>,
 ) -> Result<()> {
-    tell_skipped(mission, schedule, None, SkipReason::NotApproved);
+    if let Some(schedule) = schedule {
+        tell_skipped(mission, schedule, None, SkipReason::NotApproved);
+    }
     let found = tx.schedule_of(mission.id).await?;
     let last = found.is_none_or(|schedule| schedule.next_run_at.is_none());
     if last && mission.status() == Status::Scheduled {

@@ -78,6 +78,8 @@ impl Waiting<'_> {
 pub enum Withdrawn<'a> {
     /// Those that are about the beginning of a run.
     BeforeRuns,
+    /// Those that are about a run that this schedule begins.
+    Of(Id<ids::Schedule>),
     /// Those of a run at a hook.
     At(i32, &'a str),
     /// Those of a run for a quality gate.
@@ -128,7 +130,7 @@ impl ProjectDb {
             where a.project_id = $1
               and ($2::text is null or a.status = $2)
               and ($3::uuid is null or a.task_id = $3)
-              and ($4::uuid is null or coalesce(a.mission_id, t.mission_id) = $4)
+              and ($4::uuid is null or a.mission_id = $4 or t.mission_id = $4)
               and ($5::uuid is null or a.id > $5)
             order by a.id
             limit $6"#,
@@ -246,7 +248,7 @@ impl ProjectTx {
         Ok(gone.into_iter().map(Id::from).collect())
     }
 
-    /// The request of a mission that waits at this gate for this, if there is one. The mission must be held.
+    /// The request of a mission that waits at one of these hooks, for a quality gate if one is given, if there is one. The mission must be held.
     ///
     /// # Errors
     /// When the database cannot be reached.
@@ -254,19 +256,19 @@ impl ProjectTx {
         &mut self,
         mission: Id<Mission>,
         run: Option<i32>,
-        gate: &str,
+        hooks: &[&str],
         barrier: Option<Id<ids::Barrier>>,
     ) -> Result<Option<Id<Approval>>> {
         let found = sqlx::query_scalar!(
             "select id from approvals
-            where project_id = $1 and mission_id = $2 and mission_run is not distinct from $3 and gate_id = $4
+            where project_id = $1 and mission_id = $2 and mission_run is not distinct from $3 and hook = any($4)
               and (particulars ->> 'barrier') is not distinct from $5 and status = 'pending'
             order by id
             limit 1",
             self.db.project,
             mission.uuid(),
             run,
-            gate,
+            hooks as _,
             barrier.map(|barrier| barrier.to_string())
         )
         .fetch_optional(self.open().await?)
@@ -283,18 +285,22 @@ impl ProjectTx {
         mission: Id<Mission>,
         which: Withdrawn<'_>,
     ) -> Result<Vec<Id<Approval>>> {
-        let (run, hook, barrier) = match which {
+        let (run, hook, particular) = match which {
             Withdrawn::BeforeRuns => (None, None, None),
+            Withdrawn::Of(schedule) => (None, None, Some(("schedule", schedule.to_string()))),
             Withdrawn::At(run, hook) => (Some(run), Some(hook), None),
-            Withdrawn::For(run, barrier) => (Some(run), None, Some(barrier)),
+            Withdrawn::For(run, barrier) => {
+                (Some(run), None, Some(("barrier", barrier.to_string())))
+            }
         };
+        let (key, value) = particular.unzip();
         let gone = sqlx::query_scalar!(
             "with gone as (
                 update approvals
                 set status = 'rejected', resolved_at = clock_timestamp(), resolved_by = 'engine', note = 'The mission went on without it.'
                 where project_id = $1 and mission_id = $2 and mission_run is not distinct from $3 and status = 'pending'
                   and ($4::text is null or hook = $4)
-                  and ($5::text is null or particulars ->> 'barrier' = $5)
+                  and ($5::text is null or particulars ->> $5 = $6)
                 returning id
             ), called_off as (
                 delete from jobs using gone where jobs.project_id = $1 and jobs.kind = 'approval' and jobs.subject = gone.id
@@ -304,7 +310,8 @@ impl ProjectTx {
             mission.uuid(),
             run,
             hook,
-            barrier.map(|barrier| barrier.to_string())
+            key,
+            value
         )
         .fetch_all(self.open().await?)
         .await?;

@@ -315,24 +315,29 @@ impl ProjectTx {
         Ok(stored.into_iter().map(BarrierRow::from).collect())
     }
 
-    /// Closed gates that follow a task: it has been taken up again, so they wait for it. Says how many there were.
+    /// Closed gates that follow a task: it has been taken up again, so they wait for it. Says which.
     ///
     /// # Errors
     /// When the database refuses.
-    pub async fn reopen_gates(&mut self, place: Place, task: Id<ids::Task>) -> Result<u64> {
-        let reopened = sqlx::query!(
+    pub async fn reopen_gates(
+        &mut self,
+        place: Place,
+        task: Id<ids::Task>,
+    ) -> Result<Vec<Id<ids::Barrier>>> {
+        let reopened = sqlx::query_scalar!(
             "update barriers set state = 'waiting', reason = null
             from barrier_follows f
             where barriers.project_id = $1 and barriers.mission_id = $2 and barriers.run = $3 and barriers.state = 'failed'
-              and f.project_id = $1 and f.barrier_id = barriers.id and f.task_id = $4",
+              and f.project_id = $1 and f.barrier_id = barriers.id and f.task_id = $4
+            returning barriers.id",
             self.db.project,
             place.mission.uuid(),
             place.run,
             task.uuid()
         )
-        .execute(self.open().await?)
+        .fetch_all(self.open().await?)
         .await?;
-        Ok(reopened.rows_affected())
+        Ok(reopened.into_iter().map(Id::from).collect())
     }
 
     /// Stores how a barrier stands.

@@ -44,7 +44,6 @@ pub struct EventRange {
 }
 
 /// Events as the columns of a statement.
-#[derive(Debug)]
 pub(super) struct EventColumns {
     pub(super) names: Vec<&'static str>,
     pub(super) payloads: Vec<String>,
@@ -160,21 +159,12 @@ impl ProjectDb {
     /// Waits for a turn to append to this project's log, but not for ever; the turn ends with what is returned. Whoever waits must have
     /// its connection: else those who have a turn would wait for connections, and those who have connections for a turn.
     pub(super) async fn turn_at_the_log(&self) -> Option<OwnedSemaphorePermit> {
-        let turn = self.logs.of(self.stream()).acquire_owned();
-        tokio::time::timeout(PATIENCE, turn).await.ok()?.ok()
-    }
-
-    /// A turn to append to this project's log, if nobody waits for one.
-    pub(super) fn free_turn_at_the_log(&self) -> Option<OwnedSemaphorePermit> {
-        self.logs.of(self.stream()).try_acquire_owned().ok()
-    }
-
-    /// This project's events.
-    pub(super) fn stream(&self) -> Stream {
-        Stream {
+        let stream = Stream {
             world: self.world,
             project: self.project,
-        }
+        };
+        let turn = self.logs.of(stream).acquire_owned();
+        tokio::time::timeout(PATIENCE, turn).await.ok()?.ok()
     }
 }
 

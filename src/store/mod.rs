@@ -69,7 +69,6 @@ pub use projects::{ProjectRow, ProjectStatus};
 pub use runs::{ProcessRow, RunRow, TranscriptRow, Words};
 pub use schedules::ScheduleRow;
 pub use sessions::{MessageRow, NewMessage, SessionFilter, SessionRow};
-use steps::Together;
 pub use steps::{NewStep, StepKind, StepRow};
 pub use tasks::{DeletedTask, Need, NeedResult, TaskFilter, storable};
 pub use teams::TeamRow;
@@ -213,7 +212,6 @@ pub struct Db {
     warm: Arc<Warm>,
     bell: Arc<Bell>,
     logs: Arc<Logs>,
-    together: Arc<Together>,
 }
 
 impl Db {
@@ -255,7 +253,6 @@ impl Db {
             warm: Arc::default(),
             bell: Arc::default(),
             logs: Arc::default(),
-            together: Arc::default(),
         })
     }
 
@@ -300,7 +297,6 @@ impl Db {
             warm: self.warm.clone(),
             bell: self.bell.clone(),
             logs: self.logs.clone(),
-            together: self.together.clone(),
         }
     }
 }
@@ -317,7 +313,6 @@ pub struct ProjectDb {
     warm: Arc<Warm>,
     bell: Arc<Bell>,
     logs: Arc<Logs>,
-    together: Arc<Together>,
 }
 
 impl ProjectDb {

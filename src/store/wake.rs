@@ -34,6 +34,8 @@ const ANSWERED: Duration = Duration::from_secs(1);
 const GREETS: Duration = Duration::from_secs(5);
 /// How long a process that has said so is taken to be there.
 const PRESENT: Duration = Duration::from_secs(16);
+/// How soon what failed is tried again.
+const AGAIN: Duration = Duration::from_millis(500);
 /// How long it takes a newcomer's word to be heard by all, at most.
 const HEARD: Duration = Duration::from_millis(100);
 /// How long a task's words are written down after someone asked for them.
@@ -360,11 +362,12 @@ impl Db {
                 () = self.bell.asked.notified() => {}
                 () = self.bell.listening.notified() => {
                     // Whoever was alone until now has told nobody: after it has heard of this one, everyone looks once more.
-                    if self.say(WHO).await {
-                        self.bell.ask(Instant::now());
-                    } else {
+                    if !self.say(WHO).await {
+                        tokio::time::sleep(AGAIN).await;
                         self.bell.listening.notify_one();
+                        continue;
                     }
+                    self.bell.ask(Instant::now());
                     tokio::time::sleep(HEARD).await;
                     self.bell.ring_all_here();
                 }
@@ -387,7 +390,7 @@ impl Db {
                 tracing::warn!("wake-ups of other processes are not heard, trying again: {error}");
             }
             self.bell.lose();
-            tokio::time::sleep(Duration::from_millis(500)).await;
+            tokio::time::sleep(AGAIN).await;
         }
     }
 

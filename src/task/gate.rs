@@ -95,7 +95,7 @@ pub enum GateHandler {
 pub enum OnTimeout {
     /// As if approved.
     Approve,
-    /// The task fails; what a mission was to do is not done.
+    /// The task fails; the mission does not begin, stays where it is, or fails.
     #[default]
     Reject,
 }

@@ -60,7 +60,7 @@ impl Permit for Proof {
     async fn is_valid(&self) -> bool {
         let fresh = self.is_fresh().await;
         if let Err(error) = &fresh {
-            tracing::debug!("a lease cannot be proven: {error}");
+            tracing::warn!("a lease cannot be proven, nothing is asked under it: {error}");
         }
         fresh.unwrap_or(false)
     }

@@ -50,16 +50,17 @@ pub(super) async fn deadline(held: &Held, id: Id<ids::Task>) -> Result<()> {
     });
     task.tell("sla:violated", told);
     let data = json!({"entityType": "task", "deadline": deadline, "overdueMs": (now - deadline).num_milliseconds()});
-    let stoppable = task.status() == Status::Pending || task.status().is_active();
     let gate = Gate::closed(&settings.approval_gates, Hook::QualitySla, &task, &data);
-    if let Some(gate) = gate.filter(|_| stoppable) {
-        lifecycle::stop_for_person(&mut tx, db, &mut task, gate).await?;
-        tx.commit().await?;
-        return Ok(());
-    }
-    match settings.violation_action {
-        Violation::Notify => lifecycle::save(&mut tx, db, &mut task).await?,
-        Violation::Fail => lifecycle::stop_at_deadline(&mut tx, db, &mut task).await?,
+    match (gate, settings.violation_action) {
+        // A person is asked about it already.
+        (Some(_), _) if task.status() == Status::AwaitingApproval => {
+            lifecycle::save(&mut tx, db, &mut task).await?;
+        }
+        (Some(gate), _) => lifecycle::stop_for_person(&mut tx, db, &mut task, gate).await?,
+        (None, Violation::Notify) => lifecycle::save(&mut tx, db, &mut task).await?,
+        (None, Violation::Fail) => {
+            lifecycle::stop_at_deadline(&mut tx, db, &mut task).await?;
+        }
     }
     tx.commit().await?;
     Ok(())

@@ -1,8 +1,11 @@
 //! Where people must say yes to what becomes of a mission (contract 2.11).
 
+use std::sync::Arc;
+
 use reqwest::StatusCode;
 use serde_json::{Value, json};
 use sqlx::{Connection, PgConnection};
+use tokio::sync::Notify;
 
 use crate::approvals::{decide, gate, with_gates};
 use crate::harness::{
@@ -96,6 +99,14 @@ async fn a_mission_begins_when_every_gate_before_it_is_open() {
         "{waiting}"
     );
 
+    // Nobody is asked about what cannot be done.
+    app.agent("ghost").await;
+    let of_ghost = json!({"tasks": [{"title": "T", "description": "t", "assignTo": "ghost"}]});
+    let impossible = app.mission("impossible", of_ghost).await;
+    assert_eq!(answer(app.delete("/v1/agents/ghost")).await.0, 200);
+    assert_eq!(app.execute(&impossible).await.0, StatusCode::BAD_REQUEST);
+    assert_eq!(app.asked_of(&impossible).await, Vec::<Value>::new());
+
     // Who asks again is told the same, and nobody else is asked.
     assert_eq!(app.execute(&mission).await.0, StatusCode::CONFLICT);
     assert_eq!(app.request_of(&mission).await, request);
@@ -108,6 +119,9 @@ async fn a_mission_begins_when_every_gate_before_it_is_open() {
     assert_eq!((status, &granted["status"]), (200, &json!("approved")));
     let request = app.request_of(&mission).await;
     assert_eq!(request["gateId"], "second");
+    // The first gate stays open for what waits at the second.
+    assert_eq!(app.execute(&mission).await.0, StatusCode::CONFLICT);
+    assert_eq!(app.request_of(&mission).await, request);
     assert_eq!(app.read_mission(&mission).await["status"], "draft");
     assert_eq!(decide(&app, &request, "approve", json!({})).await.0, 200);
     app.mission_until(&mission, "completed").await;
@@ -368,6 +382,48 @@ async fn a_scheduled_run_waits_for_a_person_and_later_ones_do_not_pile_up() {
 }
 
 #[tokio::test]
+async fn a_schedule_that_is_changed_ends_or_goes_takes_its_question_along() {
+    let app = with_gates(json!([gate(
+        "schedule:trigger",
+        json!({"timeoutMs": 60_000})
+    )]))
+    .await;
+    for change in ["delete", "disable", "change", "end"] {
+        let mut graph = one_task();
+        graph["schedule"] = json!("0 0 1 1 *");
+        let mission = app.mission(change, graph).await;
+        app.make_due(1.0).await;
+        let request = app.request_of(&mission).await;
+        let path = format!("/v1/schedules/{mission}");
+        let changed = match change {
+            "delete" => answer(app.delete(&path)).await,
+            "disable" => answer(app.patch(&path, json!({"enabled": false}))).await,
+            "change" => answer(app.patch(&path, json!({"expression": "0 0 2 2 *"}))).await,
+            _ => {
+                app.sql("update production.schedules set end_date = clock_timestamp() - interval '1 second'".to_owned()).await;
+                app.make_due(0.0).await;
+                app.mission_until(&mission, "completed").await;
+                (StatusCode::OK, Value::Null)
+            }
+        };
+        assert!(changed.0.is_success(), "{change}: {changed:?}");
+        assert_eq!(
+            app.asked_of(&mission).await,
+            Vec::<Value>::new(),
+            "{change}"
+        );
+        assert_eq!(decide(&app, &request, "approve", json!({})).await.0, 409);
+        assert_eq!(app.read_mission(&mission).await["executionCount"], 0);
+        app.sql(
+            "delete from production.schedules; delete from production.jobs where kind = 'schedule'"
+                .to_owned(),
+        )
+        .await;
+    }
+    assert_eq!(app.times_out().await, 0);
+}
+
+#[tokio::test]
 async fn a_single_date_that_nobody_approves_of_fails_its_mission() {
     let app = with_gates(json!([gate("schedule:trigger", json!({"timeoutMs": 20}))])).await;
     let mut graph = one_task();
@@ -422,18 +478,80 @@ async fn an_overdue_task_goes_on_from_where_it_is_when_someone_lets_it() {
 }
 
 #[tokio::test]
-async fn an_overdue_mission_goes_on_until_someone_is_asked_in_vain() {
-    let app = with_gates(json!([gate("quality:sla", json!({"timeoutMs": 300}))])).await;
-    app.upstream.answers(|request| {
-        Reply::Slow(
-            std::time::Duration::from_millis(if last_text(request, "user") == "slow" {
-                60_000
-            } else {
-                400
-            }),
-            said("Done."),
+async fn an_overdue_task_that_did_not_run_waits_as_it_did() {
+    let app = with_gates(json!([
+        gate("quality:sla", json!({})),
+        gate("task:spawn", json!({}))
+    ]))
+    .await;
+    answer(app.patch("/v1/config", json!({"violationAction": "fail"}))).await;
+    let late = json!({"deadline": "2099-01-01T00:00:00Z"});
+    let passes = async || {
+        app.sql(
+            "update production.tasks set document = jsonb_set(document, '{deadline}', to_jsonb(now() - interval '1 second'));
+            update production.jobs set due_at = clock_timestamp() where kind = 'deadline'"
+                .to_owned(),
         )
-    });
+        .await;
+    };
+    let asked = async |id: &str, gate: &str| {
+        let path = format!("/v1/approvals?taskId={id}&status=pending");
+        let mut found = Value::Null;
+        eventually("someone is asked", async || {
+            found = answer(app.get(&path)).await.1[0].clone();
+            found["gateId"] == gate
+        })
+        .await;
+        found
+    };
+    // Someone is asked already: it is not failed under their hands.
+    let id = app.task("asked", late.clone()).await;
+    let spawn = asked(&id, "task:spawn").await;
+    passes().await;
+    eventually("it is overdue", async || {
+        !app.events("sla:violated").await.is_empty()
+    })
+    .await;
+    assert_eq!(app.until(&id, "awaiting_approval").await["id"], json!(id));
+    decide(&app, &spawn, "approve", json!({})).await;
+    app.until(&id, "done").await;
+
+    // One that is held stays held.
+    let needed = app.task("needed", json!({"draft": true})).await;
+    let mut needs = late;
+    needs["dependsOn"] = json!([needed]);
+    let id = app.task("held", needs).await;
+    let pause = answer(app.post(&format!("/v1/tasks/{id}/pause"), json!({}))).await;
+    assert_eq!(pause.0, 200);
+    passes().await;
+    let sla = asked(&id, "quality:sla").await;
+    assert_eq!(decide(&app, &sla, "approve", json!({})).await.0, 200);
+    assert_eq!(app.read(&id).await["status"], "pending");
+    answer(app.patch("/v1/config", json!({"approvalGates": []}))).await;
+    answer(app.post(&format!("/v1/tasks/{needed}/queue"), json!({}))).await;
+    app.until(&needed, "done").await;
+    assert_eq!(app.read(&id).await["status"], "pending");
+    answer(app.post(&format!("/v1/tasks/{id}/run"), json!({}))).await;
+    app.until(&id, "done").await;
+}
+
+#[tokio::test]
+async fn an_overdue_mission_goes_on_until_someone_is_asked_in_vain() {
+    let of = |name: &str, others: Value| {
+        let mut gate = gate("quality:sla", others);
+        gate["id"] = json!(name);
+        gate["condition"] = json!({"expression": format!("mission.name == '{name}'")});
+        gate
+    };
+    let app = with_gates(json!([
+        of("work", json!({})),
+        of("slow", json!({"timeoutMs": 300})),
+    ]))
+    .await;
+    let answers = Arc::new(Notify::new());
+    let goes_on = answers.clone();
+    app.upstream
+        .answers(move |_| Reply::Pause(Vec::new(), goes_on.clone(), said("Done.")));
     for (description, ends) in [("work", "completed"), ("slow", "failed")] {
         let deadline = chrono::Utc::now() + chrono::Duration::milliseconds(200);
         let mission = json!({
@@ -444,7 +562,10 @@ async fn an_overdue_mission_goes_on_until_someone_is_asked_in_vain() {
         app.execute(&mission).await;
         let request = app.request_of(&mission).await;
         assert_eq!(request["payload"]["data"]["entityType"], "mission");
-        assert_eq!(app.read_mission(&mission).await["status"], "active");
+        if ends == "completed" {
+            assert_eq!(app.read_mission(&mission).await["status"], "active");
+            answers.notify_one();
+        }
         let ended = app.mission_until(&mission, ends).await;
         assert_eq!(app.asked_of(&mission).await, Vec::<Value>::new());
         assert_eq!(ended["reason"].is_string(), ends == "failed", "{ended}");

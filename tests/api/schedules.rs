@@ -71,7 +71,7 @@ impl TestApp {
         answer(self.get(&format!("/v1/schedules/{id}"))).await.1
     }
 
-    async fn sql(&self, statement: String) {
+    pub(crate) async fn sql(&self, statement: String) {
         let mut database = PgConnection::connect(&self.database_url).await.unwrap();
         sqlx::raw_sql(sqlx::AssertSqlSafe(statement))
             .execute(&mut database)

@@ -6,7 +6,8 @@ use serde_json::{Value, json};
 use super::super::{LifecycleError, Result};
 use super::execute::bring_team;
 use super::finish::{Ended, finish};
-use super::gate::{Operation, Particulars, ask_leave, tell_withdrawn};
+use super::gate::{Operation, Particulars, ask_leave, tell_withdrawn, withdraw};
+use super::steer::BY_HAND;
 use super::{go_on_if_nothing_pauses, next_look};
 use crate::event::timestamp;
 use crate::ids::{self, Id};
@@ -69,6 +70,9 @@ async fn taken_up_again(
     let mut run = tx.lock_mission_run(place).await?;
     let mut mission = tx.lock_mission(place.mission).await?;
     let reopened = tx.reopen_gates(place, task.id).await?;
+    for gate in &reopened {
+        withdraw(tx, &mut mission, Withdrawn::For(place.run, *gate)).await?;
+    }
     if run.ended_at.is_some() {
         let newest = mission.execution_count == place.run;
         let waits = matches!(
@@ -82,17 +86,16 @@ async fn taken_up_again(
                 mission.status()
             )));
         }
-        open_again(tx, &mut run, &mut mission).await?;
-    } else if reopened > 0 {
+        open_again(tx, db, &mut run, &mut mission).await?;
+    } else if !reopened.is_empty() {
         go_on_if_nothing_pauses(tx, &run, &mut mission).await?;
     }
     // It is not over any more, if a person was asked whether it is.
-    let withdrawn = tx
-        .withdraw_mission_approvals(
-            mission.id,
-            Withdrawn::At(place.run, Hook::MissionComplete.as_str()),
-        )
-        .await?;
+    let hook = Withdrawn::At(place.run, Hook::MissionComplete.as_str());
+    let withdrawn = tx.withdraw_mission_approvals(mission.id, hook).await?;
+    if !withdrawn.is_empty() && mission.status() == Status::Active {
+        mission.reason = None;
+    }
     tell_withdrawn(&mut mission, withdrawn);
     tx.save_mission(&mut mission).await?;
     reach(tx, db, &run, Some(task.id)).await
@@ -101,6 +104,7 @@ async fn taken_up_again(
 /// A run that had ended goes on, from where its barriers stand.
 pub(super) async fn open_again(
     tx: &mut ProjectTx,
+    db: &ProjectDb,
     run: &mut MissionRunRow,
     mission: &mut Mission,
 ) -> Result<()> {
@@ -136,9 +140,14 @@ pub(super) async fn open_again(
             bring_team(tx, &team, &run.group).await?;
         }
     }
+    withdraw(tx, mission, Withdrawn::BeforeRuns).await?;
     mission.go(Status::Active, None)?;
-    if let Some(barrier) = reached.iter().find(|barrier| barrier.pauses()) {
-        mission.go(Status::Paused, Some(reason(barrier)))?;
+    for barrier in reached.into_iter().filter(BarrierRow::pauses) {
+        match barrier.list {
+            // Whoever was asked about it when the run ended is asked again.
+            BarrierList::Gates => judge_again(tx, db, run, mission, barrier, &[]).await?,
+            _ => pause_for(mission, &barrier)?,
+        }
     }
     Ok(())
 }
@@ -222,8 +231,13 @@ async fn stop_at_checkpoint(
 }
 
 fn pause_for(mission: &mut Mission, barrier: &BarrierRow) -> Result<()> {
-    if mission.status() == Status::Active {
-        mission.go(Status::Paused, Some(reason(barrier)))?;
+    match mission.status() {
+        Status::Active => mission.go(Status::Paused, Some(reason(barrier)))?,
+        // It may have been paused for an earlier question about the same.
+        Status::Paused if mission.reason.as_deref() != Some(BY_HAND) => {
+            mission.reason = Some(reason(barrier));
+        }
+        _ => {}
     }
     Ok(())
 }
@@ -305,11 +319,8 @@ async fn withdraw_for(
     mission: &mut Mission,
     barrier: &BarrierRow,
 ) -> Result<()> {
-    let withdrawn = tx
-        .withdraw_mission_approvals(mission.id, Withdrawn::For(barrier.place.run, barrier.id))
-        .await?;
-    tell_withdrawn(mission, withdrawn);
-    Ok(())
+    let which = Withdrawn::For(barrier.place.run, barrier.id);
+    withdraw(tx, mission, which).await
 }
 
 async fn close(tx: &mut ProjectTx, barrier: &mut BarrierRow, reason: String) -> Result<()> {

@@ -118,9 +118,17 @@ pub(in super::super) async fn begin_run(
         run: mission.execution_count + 1,
     };
     let group = group(&mission.name, place.run);
+    let team = document
+        .team
+        .as_ref()
+        .filter(|team| settings.enable_volatile_teams && !team.agents.is_empty());
     let operation = beginning(mission, &document, &occasion, &group, place);
-    if let Some(asked) = ask_leave(tx, &settings, mission, operation).await? {
-        return Ok(Begun::Waits(asked));
+    if operation.is_gated(&settings) {
+        // Nobody is asked about what cannot be done.
+        agents(tx, &document, team).await?;
+        if let Some(asked) = ask_leave(tx, &settings, mission, operation).await? {
+            return Ok(Begun::Waits(asked));
+        }
     }
     if let Some(schedule) = schedule {
         mission.tell(
@@ -130,14 +138,10 @@ pub(in super::super) async fn begin_run(
     }
     mission.execution_count = place.run;
     let deadline = deadline_of(&document, schedule, now);
-    let team = document
-        .team
-        .as_ref()
-        .filter(|team| settings.enable_volatile_teams && !team.agents.is_empty());
     if let Some(team) = team {
         bring_team(tx, team, &group).await?;
     }
-    let agents = agents(tx, &document).await?;
+    let agents = agents(tx, &document, None).await?;
     let new = NewMissionRun {
         place,
         group: &group,
@@ -246,8 +250,15 @@ pub(super) async fn bring_team(tx: &mut ProjectTx, team: &Team, group: &str) -> 
     Ok(())
 }
 
-/// The agents that the tasks name, by what they are called there: a name, or an id.
-async fn agents(tx: &mut ProjectTx, document: &Document) -> Result<BTreeMap<String, String>> {
+/// The agents that the tasks name, by what they are called there: a name, or an id. Those of a team that is to come are not missed.
+async fn agents(
+    tx: &mut ProjectTx,
+    document: &Document,
+    to_come: Option<&Team>,
+) -> Result<BTreeMap<String, String>> {
+    let comes = |name: &str| {
+        to_come.is_some_and(|team| team.agents.iter().any(|member| member.name == name))
+    };
     let named: BTreeSet<&str> = document
         .tasks
         .iter()
@@ -262,7 +273,7 @@ async fn agents(tx: &mut ProjectTx, document: &Document) -> Result<BTreeMap<Stri
         .collect();
     let missing: Vec<String> = named
         .iter()
-        .filter(|name| !found.contains_key(*name))
+        .filter(|name| !found.contains_key(*name) && !comes(name))
         .map(|name| format!("\"{name}\""))
         .collect();
     if missing.is_empty() {

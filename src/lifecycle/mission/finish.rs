@@ -182,7 +182,8 @@ pub(super) async fn end_tasks(
     Ok(())
 }
 
-/// Looks at a mission's deadline: a warning at 80 % of its time; at its end the mission fails (contract 2.8.1, 2.12).
+/// Looks at a mission's deadline: a warning at 80 % of its time; at its end the mission fails, unless a person is asked first
+/// (contract 2.8.1, 2.12).
 ///
 /// # Errors
 /// When the database refuses.
@@ -219,14 +220,12 @@ pub async fn deadline(lease: &Lease, id: Id<ids::Mission>) -> Result<()> {
             "entityId": id, "entityType": "mission", "deadline": timestamp(deadline),
             "overdueMs": (now - deadline).num_milliseconds(),
         });
-        mission.tell("sla:violated", told);
+        mission.tell("sla:violated", told.clone());
         let operation = Operation {
             hooks: &[Hook::QualitySla],
             run: Some(place.run),
             mission: seen_of(&mut tx, &run, &mission).await?,
-            data: json!({
-                "entityType": "mission", "deadline": timestamp(deadline), "overdueMs": (now - deadline).num_milliseconds(),
-            }),
+            data: told,
             particulars: Particulars::default(),
         };
         let settings = db.settings().await?;

@@ -16,7 +16,7 @@ use super::finish::{Ended, end_overdue, finish};
 use crate::ids::{self, Approval, Id};
 use crate::mission::Mission;
 use crate::store::{
-    ApprovalRow, BarrierState, Lease, MissionRunRow, ProjectDb, ProjectTx, Waiting,
+    ApprovalRow, BarrierState, Lease, MissionRunRow, ProjectDb, ProjectTx, Waiting, Withdrawn,
 };
 use crate::task::{Gate, Hook, Place, Settings};
 
@@ -45,6 +45,14 @@ pub(super) struct Operation<'a> {
     /// What they see of this.
     pub(super) data: Value,
     pub(super) particulars: Particulars,
+}
+
+impl Operation<'_> {
+    /// Whether the settings have gates where it could be stopped.
+    pub(super) fn is_gated(&self, settings: &Settings) -> bool {
+        let mut gates = settings.approval_gates.iter();
+        gates.any(|gate| self.hooks.contains(&gate.hook))
+    }
 }
 
 /// A request that a mission waits for.
@@ -86,8 +94,10 @@ pub(super) async fn ask_leave(
         return Ok(None);
     };
     let barrier = operation.particulars.barrier;
+    let hooks: Vec<&str> = operation.hooks.iter().map(|hook| hook.as_str()).collect();
+    // Whoever is asked already may have been asked at a gate behind this one, which is open then.
     let pending = tx
-        .pending_approval(mission.id, operation.run, &gate.id, barrier)
+        .pending_approval(mission.id, operation.run, &hooks, barrier)
         .await?;
     let request = match pending {
         Some(pending) => pending,
@@ -107,8 +117,19 @@ pub(super) async fn ask_leave(
     Ok(Some(Asked {
         request,
         new: pending.is_none(),
-        sentence: format!("Request {request} (\"{}\") waits for approval.", gate.name),
+        sentence: format!("Request {request} waits for approval."),
     }))
+}
+
+/// Withdraws requests of a mission. It must be held, and stored after this.
+pub(in super::super) async fn withdraw(
+    tx: &mut ProjectTx,
+    mission: &mut Mission,
+    which: Withdrawn<'_>,
+) -> Result<()> {
+    let withdrawn = tx.withdraw_mission_approvals(mission.id, which).await?;
+    tell_withdrawn(mission, withdrawn);
+    Ok(())
 }
 
 /// Tells of requests that were withdrawn because the mission goes on without them.
@@ -136,11 +157,16 @@ impl Held {
             Some(run) => Some(tx.lock_mission_run(Place { mission, run }).await?),
             None => None,
         };
-        let kept = asked.particulars.clone().unwrap_or_default();
+        let kept = asked.particulars.clone().unwrap_or_else(|| json!({}));
+        let particulars = serde_json::from_value(kept).map_err(|error| {
+            LifecycleError::Conflict(format!(
+                "What the request lets through cannot be read: {error}."
+            ))
+        })?;
         Ok(Self {
             mission: tx.lock_mission(mission).await?,
             run,
-            particulars: serde_json::from_value(kept).unwrap_or_default(),
+            particulars,
         })
     }
 
@@ -186,7 +212,6 @@ async fn go_on(
     row: &ApprovalRow,
 ) -> Result<()> {
     let passed = held.passed(row);
-    held.mission.reason = None;
     match Hook::of(&row.hook) {
         Some(Hook::MissionExecute | Hook::ScheduleTrigger) => begin(tx, db, held, &passed).await,
         Some(Hook::MissionComplete) => {
@@ -228,8 +253,11 @@ async fn begin(
     passed: &[String],
 ) -> Result<()> {
     let now = Utc::now();
-    let of_mission = tx.schedule_of(held.mission.id).await?;
-    let mut schedule = of_mission.filter(|schedule| Some(schedule.id) == held.particulars.schedule);
+    let mut schedule = match held.particulars.schedule {
+        // Changes to a schedule withdraw the requests that it has made.
+        Some(_) => tx.schedule_of(held.mission.id).await?,
+        None => None,
+    };
     let occasion = Occasion {
         schedule: schedule.as_ref(),
         passed,
@@ -359,10 +387,9 @@ async fn refuse(
             Ok(())
         }
         _ => {
-            held.mission.reason = Some(sentence.clone());
-            if let Some(schedule) = held.particulars.schedule {
-                leave_out_unanswered(tx, &mut held.mission, schedule).await?;
-            }
+            held.mission.reason = Some(sentence);
+            let schedule = held.particulars.schedule;
+            leave_out_unanswered(tx, &mut held.mission, schedule).await?;
             tx.save_mission(&mut held.mission).await?;
             Ok(())
         }

@@ -28,7 +28,7 @@ pub use define::{MissionChange, NewMission, create, edit, update};
 pub(super) use execute::{Begun, Occasion, begin_run};
 pub use execute::{Execution, execute, launch};
 pub use finish::deadline;
-pub(super) use gate::{approve, expire};
+pub(super) use gate::{approve, expire, withdraw};
 pub use steer::{Resumed, abort, delete, pause, resume, resume_checkpoint};
 
 fn taken(error: StoreError, name: &str) -> LifecycleError {

@@ -5,7 +5,7 @@ use serde_json::json;
 use super::super::{LifecycleError, Result, operate, save};
 use super::advance::{open_again, pass};
 use super::finish::{dismiss_newest_team, dismiss_team, end_tasks, remove_tasks};
-use super::gate::tell_withdrawn;
+use super::gate::{tell_withdrawn, withdraw};
 use super::{go_on_if_nothing_pauses, hold, newest, read, wrong_state};
 use crate::event::Event;
 use crate::ids::{self, Id};
@@ -58,7 +58,7 @@ pub async fn resume(db: &ProjectDb, id: Id<ids::Mission>, retry_failed: bool) ->
     }
     run.held = false;
     if run.ended_at.is_some() {
-        open_again(&mut tx, &mut run, &mut mission).await?;
+        open_again(&mut tx, db, &mut run, &mut mission).await?;
     } else {
         tx.save_mission_run(&run, None).await?;
         go_on_if_nothing_pauses(&mut tx, &run, &mut mission).await?;
@@ -188,8 +188,7 @@ async fn try_abort(db: &ProjectDb, id: Id<ids::Mission>) -> Result<Option<usize>
         run.held = false;
         tx.save_mission_run(run, Some(false)).await?;
     }
-    let waiting = tx.withdraw_mission_approvals(id, Withdrawn::BeforeRuns);
-    tell_withdrawn(&mut mission, waiting.await?);
+    withdraw(&mut tx, &mut mission, Withdrawn::BeforeRuns).await?;
     if let Some(run) = &run {
         tell_withdrawn(&mut mission, tx.call_off_what_waits(run.place).await?);
     }
