@@ -7,7 +7,7 @@ use serde_json::json;
 use super::approve::{request_approval, withdraw};
 use super::{NOW, Result, save, settle};
 use crate::ids::{self, Id};
-use crate::store::{Job, Lease, ProjectDb, ProjectTx, StoreError};
+use crate::store::{Job, Lease, ProjectDb, ProjectTx, RunStatus, StoreError};
 use crate::task::{
     Bypass, EndReason, Failure, Follow, Gate, Handler, Hook, Level, Phase, Settings, Status, Task,
     TaskResult,
@@ -83,13 +83,7 @@ pub async fn stop_for_person(
     task: &mut Task,
     gate: &Gate,
 ) -> Result<()> {
-    hold_run(tx, task).await?;
-    // Before its run, like whoever records a step.
-    tx.call_off(Job::Task(task.id)).await?;
-    if let Some(run) = task.run.filter(|_| task.status().is_active()) {
-        tx.end_run(run, crate::store::RunStatus::Interrupted, None);
-    }
-    tx.stop_run(task.id);
+    interrupt(tx, task).await?;
     wait_for_person(tx, db, task, gate, Hook::QualitySla)
         .await
         .map(drop)
@@ -355,6 +349,18 @@ pub async fn hold_run(tx: &mut ProjectTx, task: &Task) -> Result<()> {
     Ok(())
 }
 
+/// Stops whoever is at a task. The task must be held, and stored after this.
+async fn interrupt(tx: &mut ProjectTx, task: &Task) -> Result<()> {
+    hold_run(tx, task).await?;
+    // Before its run, like whoever records a step.
+    tx.call_off(Job::Task(task.id)).await?;
+    if let Some(run) = task.run.filter(|_| task.status().is_active()) {
+        tx.end_run(run, RunStatus::Interrupted, None);
+    }
+    tx.stop_run(task.id);
+    Ok(())
+}
+
 /// Ends a task from outside its run: whoever runs it stops, and nothing of the run counts any more.
 pub(super) async fn end_abruptly(
     tx: &mut ProjectTx,
@@ -363,17 +369,11 @@ pub(super) async fn end_abruptly(
     reason: EndReason,
     sentence: &str,
 ) -> Result<()> {
-    hold_run(tx, task).await?;
-    // Before its run, like whoever records a step.
-    tx.call_off(Job::Task(task.id)).await?;
-    if let Some(run) = task.run.filter(|_| task.status().is_active()) {
-        tx.end_run(run, crate::store::RunStatus::Interrupted, None);
-    }
+    interrupt(tx, task).await?;
     let before = task.document.result.take();
     let cause = (reason == EndReason::Error).then(|| sentence.to_owned());
     task.document.result = Some(TaskResult::without_answer(reason, sentence, cause, before));
     withdraw(tx, task).await?;
-    tx.stop_run(task.id);
     task.bypass(Bypass::Stopped);
     settle(tx, task).await?;
     tx.call_off(Job::Blocked(task.id)).await?;

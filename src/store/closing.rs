@@ -11,6 +11,7 @@ use sqlx::types::Json;
 use uuid::Uuid;
 
 use super::events::EventColumns;
+use super::turns::token_column;
 use super::{CallUsage, Job, Lease, ProjectTx, Result, StoreError};
 use crate::task::{Document, Task};
 
@@ -377,9 +378,7 @@ impl ProjectTx {
         let saved = closing.saved.as_deref();
         let last = run.last.as_ref();
         let usage = last.and_then(|step| step.usage.as_ref());
-        let tokens = |count: fn(&CallUsage) -> u64| {
-            usage.map(|usage| i64::try_from(count(usage)).unwrap_or(i64::MAX))
-        };
+        let tokens = |count: fn(&CallUsage) -> u64| usage.map(|usage| token_column(count(usage)));
         let assumed = self.assumed.as_ref();
         let (kind, subject) = self.fenced.map(|(job, _)| job.columns()).unzip();
         // What depends on a parameter alone is kept where the planner cannot see it: it would plan anew each time.

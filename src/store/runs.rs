@@ -4,6 +4,7 @@ use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
 use super::closing::{BegunRun, EndedRun, LastStep};
+use super::turns::token_column;
 use super::{CallUsage, NewStep, ProjectDb, ProjectTx, Result, RunStatus, Topic, to_micros};
 use crate::ids::{self, Agent, Id, Run};
 
@@ -76,7 +77,6 @@ impl ProjectDb {
     /// # Errors
     /// When the database cannot be reached.
     pub async fn record_call(&self, task: Id<ids::Task>, usage: &CallUsage) -> Result<()> {
-        let tokens = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
         sqlx::query!(
             "with last as (
                 select id from runs where project_id = $1 and task_id = $2 order by id desc limit 1 for no key update
@@ -91,10 +91,10 @@ impl ProjectDb {
             task.uuid(),
             Uuid::now_v7(),
             usage.model,
-            tokens(usage.prompt_tokens),
-            tokens(usage.completion_tokens),
-            tokens(usage.cached_tokens),
-            tokens(usage.reasoning_tokens),
+            token_column(usage.prompt_tokens),
+            token_column(usage.completion_tokens),
+            token_column(usage.cached_tokens),
+            token_column(usage.reasoning_tokens),
             usage.estimated
         )
         .execute(&self.pool)

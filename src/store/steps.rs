@@ -6,6 +6,7 @@ use uuid::Uuid;
 
 use super::events::EventColumns;
 use super::jobs::{LEASE, LONG_ENOUGH, held};
+use super::turns::token_column;
 use super::{CallUsage, Lease, ProjectDb, ProjectTx, Result, Topic};
 use crate::event::Event;
 use crate::ids::{Id, Run};
@@ -96,9 +97,7 @@ impl ProjectDb {
             false => None,
         };
         let usage = step.usage;
-        let tokens = |count: fn(&CallUsage) -> u64| {
-            usage.map(|usage| i64::try_from(count(usage)).unwrap_or(i64::MAX))
-        };
+        let tokens = |count: fn(&CallUsage) -> u64| usage.map(|usage| token_column(count(usage)));
         let recorded = sqlx::query_scalar!(
             r#"with held as (
                 select project_id, due_at from jobs

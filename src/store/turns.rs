@@ -80,7 +80,8 @@ pub struct TurnRecord<'a> {
     pub ended_at: DateTime<Utc>,
 }
 
-fn count(tokens: u64) -> i64 {
+/// Tokens as the database counts them.
+pub(super) fn token_column(tokens: u64) -> i64 {
     i64::try_from(tokens).unwrap_or(i64::MAX)
 }
 
@@ -139,22 +140,22 @@ impl ProjectDb {
         let prompt: Vec<i64> = turn
             .calls
             .iter()
-            .map(|call| count(call.prompt_tokens))
+            .map(|call| token_column(call.prompt_tokens))
             .collect();
         let completion: Vec<i64> = turn
             .calls
             .iter()
-            .map(|call| count(call.completion_tokens))
+            .map(|call| token_column(call.completion_tokens))
             .collect();
         let cached: Vec<i64> = turn
             .calls
             .iter()
-            .map(|call| count(call.cached_tokens))
+            .map(|call| token_column(call.cached_tokens))
             .collect();
         let reasoning: Vec<i64> = turn
             .calls
             .iter()
-            .map(|call| count(call.reasoning_tokens))
+            .map(|call| token_column(call.reasoning_tokens))
             .collect();
         let estimated: Vec<bool> = turn.calls.iter().map(|call| call.estimated).collect();
         let events = EventColumns::new(turn.events(&ids));
