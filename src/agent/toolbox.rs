@@ -20,6 +20,10 @@ pub trait Toolbox: Send + Sync + std::fmt::Debug {
 
     /// Whether a call that may have been done already can be done again without harm.
     fn is_repeatable(&self, call: &ToolCall) -> bool;
+
+    /// Whether a call's result is known in this process: to run it asks nobody, changes nothing and takes no time, so nobody could tell whether it
+    /// was run before or after the message that asks for it was recorded.
+    fn is_at_hand(&self, call: &ToolCall) -> bool;
 }
 
 /// A call of a server's tool, and how far it has come.

@@ -5,14 +5,13 @@
 //! around it either: what the change was decided from is looked at in the same statement ([`ProjectTx::assume`]).
 
 use chrono::{DateTime, Utc};
-use serde_json::Value;
 use sqlx::PgConnection;
 use sqlx::types::Json;
 use uuid::Uuid;
 
 use super::events::EventColumns;
 use super::turns::token_column;
-use super::{CallUsage, Job, Lease, ProjectTx, Result, StoreError};
+use super::{CallUsage, Job, Lease, NewStep, ProjectTx, Result, StoreError};
 use crate::task::{Document, Task};
 
 /// What is kept until the end. Boxed, because most changes keep nothing, and are passed about by value.
@@ -89,16 +88,7 @@ pub(super) struct BegunRun {
 pub(super) struct EndedRun {
     pub(super) id: Uuid,
     pub(super) status: &'static str,
-    pub(super) last: Option<LastStep>,
-}
-
-/// The step that a run ends with.
-#[derive(Debug)]
-pub(super) struct LastStep {
-    pub(super) number: i32,
-    pub(super) kind: &'static str,
-    pub(super) body: Value,
-    pub(super) usage: Option<CallUsage>,
+    pub(super) last: Option<NewStep>,
 }
 
 impl Closing {
@@ -441,7 +431,7 @@ impl ProjectTx {
             run.id,
             run.status,
             last.map(|step| step.number),
-            last.map(|step| step.kind),
+            last.map(|step| step.kind.as_str()),
             last.map(|step| &step.body),
             Uuid::now_v7(),
             usage.map(|usage| usage.model.as_str()),

@@ -78,10 +78,16 @@ impl ProjectDb {
     /// # Errors
     /// When the database cannot be reached.
     pub async fn memories_now(&self, agent: &str) -> Result<Arc<Memories>> {
-        if self.bell.is_alone(Instant::now()) {
-            return self.memories(agent).await;
+        if let Some(memories) = self.memories_at_hand(agent) {
+            return Ok(memories);
         }
         self.read_memories(agent).await
+    }
+
+    /// What an agent remembers at this moment, where this process knows it: nobody else is there who could change it.
+    pub fn memories_at_hand(&self, agent: &str) -> Option<Arc<Memories>> {
+        let alone = self.bell.is_alone(Instant::now());
+        alone.then(|| self.warm.memories(self.project, self.world, agent))?
     }
 
     async fn read_memories(&self, agent: &str) -> Result<Arc<Memories>> {

@@ -3,7 +3,7 @@
 use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
-use super::closing::{BegunRun, EndedRun, LastStep};
+use super::closing::{BegunRun, EndedRun};
 use super::turns::token_column;
 use super::{CallUsage, NewStep, ProjectDb, ProjectTx, Result, RunStatus, Topic, to_micros};
 use crate::ids::{self, Agent, Id, Run};
@@ -287,13 +287,7 @@ impl ProjectTx {
     }
 
     /// Ends a run, with its last step if that is not recorded yet. Written with the commit.
-    pub fn end_run(&mut self, run: Id<Run>, status: RunStatus, last: Option<&NewStep<'_>>) {
-        let last = last.map(|step| LastStep {
-            number: step.number,
-            kind: step.kind.as_str(),
-            body: step.body.clone(),
-            usage: step.usage.cloned(),
-        });
+    pub fn end_run(&mut self, run: Id<Run>, status: RunStatus, last: Option<NewStep>) {
         self.closing.ended = Some(Box::new(EndedRun {
             id: run.uuid(),
             status: status.as_str(),

@@ -46,18 +46,18 @@ impl StepKind {
 }
 
 /// A step to be recorded.
-#[derive(Debug)]
-pub struct NewStep<'a> {
+#[derive(Debug, Clone)]
+pub struct NewStep {
     /// Its place in the run, from 0.
     pub number: i32,
     /// What kind it is.
     pub kind: StepKind,
     /// What it came to.
-    pub body: &'a Value,
+    pub body: Value,
     /// What its model call used.
-    pub usage: Option<&'a CallUsage>,
+    pub usage: Option<CallUsage>,
     /// The tool call that may begin after it.
-    pub under_way: Option<&'a str>,
+    pub under_way: Option<String>,
 }
 
 /// A step as it is stored.
@@ -76,18 +76,26 @@ pub struct StepRow {
 }
 
 impl ProjectDb {
-    /// Records a step and keeps the lease for longer if much of it is used up, with what is told of it, in one statement and so in one commit.
+    /// Records steps of a run and keeps the lease for longer if much of it is used up, with what is told of them, in one statement and so in one
+    /// commit. At most one of them may be a model's: an answer is recorded alone, or with the first results of what it calls.
     ///
     /// # Errors
     /// [`super::StoreError::LeaseLost`]; nothing is recorded then.
-    pub async fn record_step(
+    pub async fn record_steps(
         &self,
         lease: &Lease,
         run: Id<Run>,
-        step: &NewStep<'_>,
+        steps: &[NewStep],
         events: Vec<Event>,
     ) -> Result<()> {
         let (kind, subject) = lease.job.columns();
+        let numbers: Vec<i32> = steps.iter().map(|step| step.number).collect();
+        let kinds: Vec<&str> = steps.iter().map(|step| step.kind.as_str()).collect();
+        let bodies: Vec<String> = steps.iter().map(|step| step.body.to_string()).collect();
+        let under_way: Vec<Option<&str>> =
+            steps.iter().map(|step| step.under_way.as_deref()).collect();
+        let asked = steps.iter().find(|step| step.usage.is_some());
+        let usage = asked.and_then(|step| step.usage.as_ref());
         let events = EventColumns::new(events);
         let tells = events.count() > 0;
         // The connection first: those who have one wait for a turn.
@@ -96,7 +104,6 @@ impl ProjectDb {
             true => self.turn_at_the_log().await,
             false => None,
         };
-        let usage = step.usage;
         let tokens = |count: fn(&CallUsage) -> u64| usage.map(|usage| token_column(count(usage)));
         let recorded = sqlx::query_scalar!(
             r#"with held as (
@@ -110,11 +117,12 @@ impl ProjectDb {
                   and held.due_at < clock_timestamp() + make_interval(secs => $22)
             ), stepped as (
                 insert into steps (project_id, run_id, number, kind, body, under_way, created_at)
-                select $1, $5, $6, $7, $8, $9, $10 from held
+                select $1, $5, s.number, s.kind, s.body::jsonb, s.under_way, $10
+                from held cross join unnest($6::integer[], $7::text[], $8::text[], $9::text[]) as s (number, kind, body, under_way)
             ), called as (
                 insert into model_calls (project_id, run_id, number, id, model, prompt_tokens, completion_tokens,
                                          cached_tokens, reasoning_tokens, estimated)
-                select $1, $5, $6, $11, $12, $13, $14, $15, $16, $17 from held where $12::text is not null
+                select $1, $5, $23::integer, $11, $12, $13, $14, $15, $16, $17 from held where $12::text is not null
             ), head as (
                 insert into event_heads (project_id, last) select $1, $18::bigint from held where $18::bigint > 0
                 on conflict (project_id) do update set last = event_heads.last + excluded.last
@@ -130,10 +138,10 @@ impl ProjectDb {
             lease.number(),
             LEASE.as_secs_f64(),
             run.uuid(),
-            step.number,
-            step.kind.as_str(),
-            step.body,
-            step.under_way,
+            &numbers,
+            &kinds as _,
+            &bodies,
+            &under_way as _,
             events.at,
             Uuid::now_v7(),
             usage.map(|usage| usage.model.as_str()),
@@ -146,7 +154,8 @@ impl ProjectDb {
             &events.names as _,
             &events.payloads,
             kind,
-            LONG_ENOUGH.as_secs_f64()
+            LONG_ENOUGH.as_secs_f64(),
+            asked.map(|step| step.number)
         )
         .fetch_one(&mut *connection)
         .await?;

@@ -24,6 +24,10 @@ pub(super) fn is_repeatable(call: &ToolCall) -> bool {
     matches!(call.name.as_str(), "memory_get" | "memory_save")
 }
 
+pub(super) fn is_at_hand(db: &ProjectDb, agent: &str, call: &ToolCall) -> bool {
+    call.name == "memory_get" && db.memories_at_hand(agent).is_some()
+}
+
 /// Whose memory a call is about.
 #[derive(Debug, Clone, Copy, Default, Deserialize)]
 #[serde(rename_all = "lowercase")]

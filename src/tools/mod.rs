@@ -86,6 +86,10 @@ impl ServerTools {
             tools,
         }
     }
+
+    fn has(&self, call: &ToolCall) -> bool {
+        self.tools.iter().any(|tool| tool.name == call.name)
+    }
 }
 
 #[async_trait]
@@ -95,7 +99,7 @@ impl Toolbox for ServerTools {
     }
 
     async fn call(&self, call: &ToolCall) -> Result<String, String> {
-        if !self.tools.iter().any(|tool| tool.name == call.name) {
+        if !self.has(call) {
             let names: Vec<&str> = self.tools.iter().map(|tool| tool.name.as_str()).collect();
             return Err(format!(
                 "There is no tool `{}` for you. Yours are: {}.",
@@ -118,6 +122,16 @@ impl Toolbox for ServerTools {
             // What it does is recorded with its result, so a call without one has done nothing.
             register_outcome::NAME => true,
             _ => memory::is_repeatable(call),
+        }
+    }
+
+    fn is_at_hand(&self, call: &ToolCall) -> bool {
+        match call.name.as_str() {
+            // The model is told that it has no such tool.
+            _ if !self.has(call) => true,
+            http_fetch::NAME => false,
+            register_outcome::NAME => true,
+            _ => memory::is_at_hand(&self.db, &self.agent, call),
         }
     }
 }

@@ -31,6 +31,10 @@ impl Toolbox for NoTools {
     fn is_repeatable(&self, _: &ToolCall) -> bool {
         true
     }
+
+    fn is_at_hand(&self, _: &ToolCall) -> bool {
+        true
+    }
 }
 
 /// A question.

@@ -21,7 +21,7 @@ use crate::lifecycle::{self, after_failure};
 use crate::llm::{
     Effort, FinishReason, Message, ModelRequest, Part, ProviderError, ToolCall, context_window,
 };
-use crate::store::{AgentRow, ProjectTx, RunStatus, Topic};
+use crate::store::{AgentRow, NewStep, ProjectTx, RunStatus, Topic};
 use crate::task::{EndReason, Failure, Phase, Settings, Status, Task, TaskResult};
 use crate::tools::ServerTools;
 
@@ -132,6 +132,7 @@ pub(super) async fn execute(
         held.app.fetcher.clone(),
     ));
     let mut recorder = Recorder::new(held, &task, run, model_name.clone());
+    recorder.toolbox = Some(toolbox.clone());
     // A task that this one needed may have written to them, a moment ago and elsewhere.
     let memories = db.memories_now(&agent.name).await?;
     let around = surroundings(db, &task).await?;
@@ -166,7 +167,8 @@ pub(super) async fn execute(
         window: Some(window.unwrap_or_else(|| context_window(&model_name))),
     };
     let events = agent::turn(provider, request, course, toolbox);
-    let ending = match follow(held, &mut recorder, &task, &settings, events, started_at).await? {
+    let followed = follow(held, &mut recorder, &task, &settings, events, started_at);
+    let ending = match followed.await? {
         Followed::Ended(TurnEnd::Limit(mut ending)) => {
             if ending.reason == EndReason::MaxTurns {
                 ending.sentence =
@@ -346,6 +348,7 @@ async fn follow(
                 }
             },
             () = app.stop_turns.cancelled() => {
+                recorder.write().await?;
                 held.lease.db.hand_over(&held.lease, None).await?;
                 return Ok(Followed::HandedOver);
             }
@@ -412,11 +415,12 @@ async fn conclude(
     held: &Held,
     task: Task,
     settings: &Settings,
-    recorder: Recorder<'_>,
+    mut recorder: Recorder<'_>,
     ending: Ending,
     started_at: DateTime<Utc>,
 ) -> Result<Option<Task>> {
     let succeeded = ending.reason == EndReason::Finished;
+    recorder.write().await?;
     let last = recorder.last_step();
     let mut patience = Patience::default();
     // What a mission's task leads to is read from what is held.
@@ -431,7 +435,7 @@ async fn conclude(
             &task,
             settings,
             &recorder,
-            last.as_ref(),
+            last.clone(),
             &ending,
             started_at,
             succeeded,
@@ -470,7 +474,7 @@ async fn try_conclude(
     before: &Task,
     settings: &Settings,
     recorder: &Recorder<'_>,
-    last: Option<&(i32, Value, Option<crate::store::CallUsage>)>,
+    last: Option<NewStep>,
     ending: &Ending,
     started_at: DateTime<Utc>,
     succeeded: bool,
@@ -492,14 +496,7 @@ async fn try_conclude(
     } else {
         RunStatus::Failed
     };
-    let step = last.map(|(number, body, usage)| crate::store::NewStep {
-        number: *number,
-        kind: crate::store::StepKind::Model,
-        body,
-        usage: usage.as_ref(),
-        under_way: None,
-    });
-    tx.end_run(recorder.run, status, step.as_ref());
+    tx.end_run(recorder.run, status, last);
     tell_end(&mut task, recorder, ending, started_at);
     if !succeeded {
         return fail(held, tx, task, settings, ending).await;

@@ -443,17 +443,18 @@ impl Sitting<'_> {
         let step = NewStep {
             number: self.next,
             kind: StepKind::Review,
-            body: &body,
-            usage: usage.as_ref(),
+            body,
+            usage,
             under_way: None,
         };
+        let steps = std::slice::from_ref(&step);
         let mut patience = Patience::default();
         loop {
             match self
                 .held
                 .lease
                 .db
-                .record_step(&self.held.lease, self.run, &step, events.clone())
+                .record_steps(&self.held.lease, self.run, steps, events.clone())
                 .await
             {
                 Ok(()) => break,

@@ -1,5 +1,6 @@
 //! The record of a run: what is written as it goes on, and how a successor reads it.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use chrono::Utc;
@@ -15,6 +16,9 @@ use crate::llm::{Message, ModelEvent, ToolCall, Usage};
 use crate::store::{CallUsage, NewStep, RunRow, StepKind, StoreError, storable};
 use crate::task::{Outcome, Task};
 use crate::tools::{outcome_of, registers_outcome};
+
+/// The most steps that one commit records.
+const KEPT: usize = 16;
 
 /// Writes a run down, step by step.
 #[derive(Debug)]
@@ -35,8 +39,13 @@ pub(super) struct Recorder<'a> {
     pub(super) answer: String,
     /// What was handed over.
     pub(super) outcomes: Vec<Outcome>,
-    /// Calls of the last answer that have not begun.
+    /// What can be called, where an agent is at work.
+    pub(super) toolbox: Option<Arc<dyn Toolbox>>,
+    /// Calls of the last answer that have no result.
     waiting: Vec<ToolCall>,
+    /// Steps that are recorded with the next one, and what is told of them.
+    kept: Vec<NewStep>,
+    told: Vec<Event>,
     /// The step that ends the run: it is recorded with the end.
     last: Option<Step>,
     /// What the model is saying.
@@ -59,7 +68,10 @@ impl<'a> Recorder<'a> {
             tool_calls: 0,
             answer: String::new(),
             outcomes: Vec::new(),
+            toolbox: None,
             waiting: Vec::new(),
+            kept: Vec::new(),
+            told: Vec::new(),
             last: None,
             said: String::new(),
             written: 0,
@@ -98,8 +110,8 @@ impl<'a> Recorder<'a> {
         }
         let body = model_body(&step)?;
         let usage = self.usage(step.usage);
-        self.record(StepKind::Model, body, Some(usage)).await?;
-        Ok(true)
+        self.keep(StepKind::Model, body, Some(usage));
+        self.write_before_next().await
     }
 
     async fn note_tool(&mut self, tool: ToolUse) -> Result<bool> {
@@ -122,8 +134,8 @@ impl<'a> Recorder<'a> {
             body["outcome"] = json!(outcome);
             self.outcomes.push(outcome);
         }
-        self.record(StepKind::Tool, body, None).await?;
-        Ok(true)
+        self.keep(StepKind::Tool, body, None);
+        self.write_before_next().await
     }
 
     async fn note_compaction(&mut self, compaction: &Compaction) -> Result<()> {
@@ -132,7 +144,8 @@ impl<'a> Recorder<'a> {
             "tokensBefore": compaction.tokens_before, "tokensAfter": compaction.tokens_after,
         });
         let usage = compaction.usage.map(|usage| self.usage(usage));
-        self.record(StepKind::Compaction, body, usage).await
+        self.keep(StepKind::Compaction, body, usage);
+        self.write().await
     }
 
     fn usage(&self, usage: Usage) -> CallUsage {
@@ -146,53 +159,66 @@ impl<'a> Recorder<'a> {
         }
     }
 
-    /// Records a step, with the intent to begin the next call. A database that is away is waited for.
-    async fn record(
-        &mut self,
-        kind: StepKind,
-        mut body: Value,
-        usage: Option<CallUsage>,
-    ) -> Result<()> {
+    /// Keeps a step to be recorded, with the intent to begin the next call.
+    fn keep(&mut self, kind: StepKind, mut body: Value, usage: Option<CallUsage>) {
         storable(&mut body);
         let next = self.waiting.first();
-        let step = NewStep {
+        self.told.extend(next.map(|call| {
+            let told = json!({"taskId": self.task, "agentName": self.agent, "tool": call.name});
+            Event::new("agent:activity", told)
+        }));
+        self.kept.push(NewStep {
             number: self.number,
             kind,
-            body: &body,
-            usage: usage.as_ref(),
-            under_way: next.map(|call| call.id.as_str()),
-        };
-        let db = &self.held.lease.db;
+            body,
+            usage,
+            under_way: next.map(|call| call.id.clone()),
+        });
+        self.number += 1;
+    }
+
+    /// Records what is kept before something happens that could be noticed, and says whether it did. A result that is at hand is no such thing: it
+    /// goes into the commit of the message that asks for it.
+    async fn write_before_next(&mut self) -> Result<bool> {
+        let next = self.waiting.first().zip(self.toolbox.as_ref());
+        let at_hand = next.is_some_and(|(call, toolbox)| toolbox.is_at_hand(call));
+        if at_hand && self.kept.len() < KEPT {
+            return Ok(false);
+        }
+        self.write().await?;
+        Ok(true)
+    }
+
+    /// Records what is kept. A database that is away is waited for.
+    pub(super) async fn write(&mut self) -> Result<()> {
+        if self.kept.is_empty() {
+            return Ok(());
+        }
+        let (steps, told) = (
+            std::mem::take(&mut self.kept),
+            std::mem::take(&mut self.told),
+        );
+        let Held { lease, proof, .. } = self.held;
         let mut patience = Patience::default();
         loop {
-            let told = next.map(|call| {
-                let told = json!({"taskId": self.task, "agentName": self.agent, "tool": call.name});
-                Event::new("agent:activity", told)
-            });
             let asked = Instant::now();
-            match db
-                .record_step(
-                    &self.held.lease,
-                    self.run,
-                    &step,
-                    told.into_iter().collect(),
-                )
+            match lease
+                .db
+                .record_steps(lease, self.run, &steps, told.clone())
                 .await
             {
                 Ok(()) => {
-                    self.held.proof.is_from(asked);
-                    break;
+                    proof.is_from(asked);
+                    return Ok(());
                 }
-                // It was recorded, and only the answer got lost.
-                Err(error) if error.is_recorded_step() => break,
+                // They were recorded, and only the answer got lost.
+                Err(error) if error.is_recorded_step() => return Ok(()),
                 Err(StoreError::Unavailable(error)) => {
                     patience.wait(self.held, error.into()).await?
                 }
                 Err(error) => return Err(error.into()),
             }
         }
-        self.number += 1;
-        Ok(())
     }
 
     /// Takes the step that ended the turn, to look at; it stays to be recorded.
@@ -201,11 +227,17 @@ impl<'a> Recorder<'a> {
     }
 
     /// The step that ended the turn, as it is recorded with the run's end.
-    pub(super) fn last_step(&self) -> Option<(i32, Value, Option<CallUsage>)> {
+    pub(super) fn last_step(&self) -> Option<NewStep> {
         let step = self.last.as_ref()?;
         let mut body = model_body(step).ok()?;
         storable(&mut body);
-        Some((self.number, body, Some(self.usage(step.usage))))
+        Some(NewStep {
+            number: self.number,
+            kind: StepKind::Model,
+            body,
+            usage: Some(self.usage(step.usage)),
+            under_way: None,
+        })
     }
 
     /// When the next words are due for whoever listens.

@@ -5,12 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use polpo::event::Event;
 use polpo::ids::Id;
-use polpo::store::{
-    CallUsage, Holder, Job, Lane, Lease, NewStep, ProjectDb, ProjectTx, RunStatus, StepKind,
-    StoreError, World,
-};
+use polpo::store::{Holder, Job, Lane, Lease, ProjectDb, ProjectTx, RunStatus, StoreError, World};
 use polpo::task::{Bypass, Status};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
@@ -22,107 +18,6 @@ use uuid::Uuid;
 use crate::harness::{
     Reply, TestApp, answer, called, eventually, last_text, results, said, waiting,
 };
-
-/// Records a step for each of some jobs at once, with two events each, and says how each went, by its task.
-async fn record_at_once(leases: &[Lease], number: i32) -> HashMap<Uuid, Result<(), StoreError>> {
-    let body = json!({"message": {"role": "assistant", "content": "x"}});
-    let usage = CallUsage {
-        model: "m".to_owned(),
-        prompt_tokens: 1,
-        completion_tokens: 2,
-        cached_tokens: 0,
-        reasoning_tokens: 0,
-        estimated: false,
-    };
-    let recorded = leases.iter().map(async |lease| {
-        let step = NewStep {
-            number,
-            kind: StepKind::Model,
-            body: &body,
-            usage: Some(&usage),
-            under_way: Some("c"),
-        };
-        let task = lease.job.subject();
-        let told = [1, 2].map(|of_step| {
-            Event::new(
-                "agent:activity",
-                json!({"task": task, "step": number, "number": of_step}),
-            )
-        });
-        let recorded = lease.db.record_step(lease, task.into(), &step, told.into());
-        (task, recorded.await)
-    });
-    futures::future::join_all(recorded)
-        .await
-        .into_iter()
-        .collect()
-}
-
-#[tokio::test]
-async fn steps_that_come_together_are_recorded_once_each_and_told_in_a_piece() {
-    let app = TestApp::start_with(&["--role-of-test", "api"]).await;
-    app.agent("noor").await;
-    for number in 0..12 {
-        app.task(&format!("t{number}"), json!({})).await;
-    }
-    let db = &app.app.db;
-    let claimed = db.claim(World::Live, Lane::Engine, Holder::new(1), Uuid::nil(), 12);
-    let leases = claimed.await.unwrap().leases;
-    let mut database = PgConnection::connect(&app.database_url).await.unwrap();
-    sqlx::raw_sql(
-        "insert into production.runs (project_id, id, task_id, agent_id, status, started_at)
-        select t.project_id, t.id, t.id, a.id, 'running', now() from production.tasks t, production.agents a",
-    )
-    .execute(&mut database)
-    .await
-    .unwrap();
-    let mut counted = async || -> (i64, i64) {
-        sqlx::query_as(
-            "select count(*), (select count(*) from production.model_calls) from production.steps",
-        )
-        .fetch_one(&mut database)
-        .await
-        .unwrap()
-    };
-    let recorded = record_at_once(&leases, 0).await;
-    assert!(recorded.values().all(Result::is_ok), "{recorded:?}");
-    assert_eq!(counted().await, (12, 12));
-
-    // A step that is there already, and a job that is someone else's, are no fault of the others.
-    record_at_once(&leases[..1], 1).await;
-    let (there, lost) = (leases[0].job.subject(), leases[1].job.subject());
-    let mut tx = leases[1].db.begin();
-    tx.call_off(leases[1].job).await.unwrap();
-    tx.commit().await.unwrap();
-    for (task, recorded) in record_at_once(&leases, 1).await {
-        if task == there {
-            let error = recorded.unwrap_err();
-            assert!(error.is_recorded_step(), "{error:?}");
-        } else if task == lost {
-            assert!(
-                matches!(recorded, Err(StoreError::LeaseLost)),
-                "{recorded:?}"
-            );
-        } else {
-            recorded.unwrap();
-        }
-    }
-    assert_eq!(counted().await, (23, 23));
-    let told = app.events("agent:activity").await;
-    assert_eq!(told.len(), 46);
-    // What one step tells stays together.
-    for pair in told.chunks(2) {
-        let (first, second) = (&pair[0].1, &pair[1].1);
-        assert_eq!(
-            (&first["task"], &first["step"]),
-            (&second["task"], &second["step"])
-        );
-        assert_eq!(
-            (&first["number"], &second["number"]),
-            (&json!(1), &json!(2))
-        );
-    }
-}
 
 #[tokio::test]
 async fn what_a_process_holds_that_stopped_in_the_middle_of_a_change_is_let_go() {
@@ -414,29 +309,6 @@ async fn a_heartbeat_waits_for_nobody_who_has_hold_of_a_job() {
     // Of what is another's nothing is kept.
     let others = db.extend_all(World::Live, Holder::new(2), &leases).await;
     assert_eq!(others.unwrap(), Vec::<i64>::new());
-}
-
-#[tokio::test]
-async fn many_steps_of_a_project_get_by_with_few_connections() {
-    // Whoever waits for a connection waits for long, so that two that wait for each other are not told apart by time.
-    let app =
-        TestApp::start_with(&["--world-connections", "3", "--acquire-timeout-ms", "120000"]).await;
-    app.agent("noor").await;
-    app.upstream.answers(|request| {
-        let number = results(request);
-        Reply::Stream(if number < 6 {
-            called(&[(&format!("call_{number}"), "memory_get", &["{}"])])
-        } else {
-            said("Done.")
-        })
-    });
-    let mut tasks = Vec::new();
-    for number in 0..16 {
-        tasks.push(app.task(&format!("task {number}"), json!({})).await);
-    }
-    for task in tasks {
-        app.until(&task, "done").await;
-    }
 }
 
 #[tokio::test]

@@ -714,3 +714,19 @@ pub(crate) fn called(calls: &[(&str, &str, &[&str])]) -> Vec<Bytes> {
     chunks.extend(ending("tool_calls"));
     chunks
 }
+
+/// Waits until another process has done a task, and returns it.
+pub(crate) async fn done_elsewhere(app: &TestApp, url: &str, id: &str) -> Value {
+    for _ in 0..400 {
+        let request = app
+            .client
+            .get(format!("{url}/v1/tasks/{id}"))
+            .bearer_auth(&app.live);
+        let task = answer(request).await.1;
+        if task["status"] == "done" {
+            return task;
+        }
+        tokio::time::sleep(Duration::from_millis(25)).await;
+    }
+    panic!("it was never done");
+}

@@ -30,6 +30,7 @@ mod providers;
 mod schedules;
 mod sessions;
 mod settings;
+mod steps;
 mod streams;
 mod tasks;
 mod tools;

@@ -11,8 +11,8 @@ use tokio::sync::Notify;
 
 use crate::assessments::scored;
 use crate::harness::{
-    Reply, TestApp, answer, called, chunk, ending, eventually, frames, last_text, results, said,
-    spoken,
+    Reply, TestApp, answer, called, chunk, done_elsewhere, ending, eventually, frames, last_text,
+    results, said, spoken,
 };
 
 async fn start() -> TestApp {
@@ -1440,47 +1440,6 @@ async fn a_killed_task_leaves_its_reviewers_at_once() {
     let since = std::time::Instant::now();
     eventually("they are left", async || app.upstream.was_left()).await;
     assert!(since.elapsed() < Duration::from_secs(1));
-}
-
-/// Waits until another process has done a task, and returns it.
-async fn done_elsewhere(app: &TestApp, url: &str, id: &str) -> Value {
-    for _ in 0..400 {
-        let request = app
-            .client
-            .get(format!("{url}/v1/tasks/{id}"))
-            .bearer_auth(&app.live);
-        let task = answer(request).await.1;
-        if task["status"] == "done" {
-            return task;
-        }
-        tokio::time::sleep(Duration::from_millis(25)).await;
-    }
-    panic!("it was never done");
-}
-
-#[tokio::test]
-async fn a_call_that_had_not_begun_when_the_server_stopped_is_not_in_doubt() {
-    let app = start().await;
-    let arguments = r#"{"content":"once"}"#;
-    app.upstream.will(Reply::Slow(
-        Duration::from_millis(300),
-        called(&[("c1", "memory_append", &[arguments])]),
-    ));
-    app.upstream.will_say("Done.");
-    let id = app.task("t", json!({})).await;
-    eventually("it is at work", async || app.upstream.asked().len() == 1).await;
-    app.stop.cancel();
-    let elsewhere = app.another_process().await;
-    done_elsewhere(&app, &elsewhere, &id).await;
-    let memory = app
-        .client
-        .get(format!("{elsewhere}/v1/memory/agent/noor"))
-        .bearer_auth(&app.live);
-    let memory = answer(memory).await.1["content"].clone();
-    assert_eq!(memory.as_str().unwrap().matches("once").count(), 1);
-    let asked = app.upstream.asked();
-    assert_eq!(asked.len(), 2);
-    assert!(!last_text(&asked[1], "tool").contains("Interrupted"));
 }
 
 #[tokio::test]
