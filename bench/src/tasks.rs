@@ -57,6 +57,7 @@ impl Project {
         for model in [
             "agent-1-50",
             "agent-51-50",
+            "agent-51-50-save",
             "agent-6-50",
             "agent-1-0",
             "agent-200-50",
@@ -220,60 +221,55 @@ async fn model_ms(upstream: &str) -> anyhow::Result<f64> {
     Ok(Duration::from_micros(*longest).as_secs_f64() * 1000.0)
 }
 
+/// What some tasks at once take beyond the model's own time, in milliseconds.
+async fn own_ms(
+    project: &Project,
+    events: &mut mpsc::UnboundedReceiver<Told>,
+    upstream: &str,
+    agent: &str,
+    titles: &[String],
+) -> anyhow::Result<f64> {
+    let began = Instant::now();
+    futures::future::try_join_all(titles.iter().map(|title| project.create(agent, title))).await?;
+    done(events, titles.len()).await?;
+    let took = began.elapsed().as_secs_f64() * 1000.0;
+    Ok(took - model_ms(upstream).await?)
+}
+
 async fn own_time(
     project: &Project,
     events: &mut mpsc::UnboundedReceiver<Told>,
     upstream: &str,
 ) -> anyhow::Result<()> {
-    for round in 0..20 {
-        project
-            .create("agent-1-0", &format!("warm {round}"))
-            .await?;
-        done(events, 1).await?;
-    }
-    let mut one = Vec::new();
-    for round in 0..60 {
-        let began = Instant::now();
-        project
-            .create("agent-1-50", &format!("one {round}"))
-            .await?;
-        done(events, 1).await?;
-        let took = began.elapsed().as_secs_f64() * 1000.0;
-        one.push(took - model_ms(upstream).await?);
-    }
+    // The first rounds make connections and plans, which a server that is in use has.
+    let mut rounds = async |agent: &str, at_once: usize, warm: usize, rounds: usize| {
+        let mut own = Vec::new();
+        for round in 0..warm + rounds {
+            let titles: Vec<String> = (0..at_once)
+                .map(|number| format!("{agent} {at_once} {round} {number}"))
+                .collect();
+            let ms = own_ms(project, events, upstream, agent, &titles).await?;
+            if round >= warm {
+                own.push(ms);
+            }
+        }
+        anyhow::Ok(own)
+    };
+    let one = rounds("agent-1-50", 1, 20, 60).await?;
     row_beside(
         "one task of one call, own ms, p50",
         percentile(&one, 50.0),
         "105",
     );
     row("one task of one call, own ms, p99", percentile(&one, 99.0));
-    let mut long = Vec::new();
-    for round in 0..3 {
-        let began = Instant::now();
-        project
-            .create("agent-51-50", &format!("long {round}"))
-            .await?;
-        done(events, 1).await?;
-        let took = began.elapsed().as_secs_f64() * 1000.0;
-        long.push(took - model_ms(upstream).await?);
-    }
+    let long = rounds("agent-51-50", 1, 0, 5).await?;
     row_beside("50 tool turns, own ms", percentile(&long, 50.0), "970");
-    let mut ten = Vec::new();
-    for round in 0..5 {
-        let began = Instant::now();
-        let titles: Vec<String> = (0..10)
-            .map(|number| format!("ten {round} {number}"))
-            .collect();
-        futures::future::try_join_all(
-            titles
-                .iter()
-                .map(|title| project.create("agent-6-50", title)),
-        )
-        .await?;
-        done(events, 10).await?;
-        let took = began.elapsed().as_secs_f64() * 1000.0;
-        ten.push(took - model_ms(upstream).await?);
-    }
+    let long = rounds("agent-51-50-save", 1, 0, 5).await?;
+    row(
+        "  of a tool that writes, in a commit of its own",
+        percentile(&long, 50.0),
+    );
+    let ten = rounds("agent-6-50", 10, 5, 15).await?;
     row_beside(
         "ten at once of five turns, above the model, ms",
         percentile(&ten, 50.0),

@@ -92,9 +92,16 @@ async fn asked() -> axum::Json<Asked> {
     axum::Json(asked.unwrap_or_default())
 }
 
-/// A turn of an agent: so many model calls in all, so many milliseconds each.
+/// A turn of an agent: so many model calls in all, so many milliseconds each. Those before the last read a memory, or save one.
 async fn work(agent: &str, request: &Value) -> Response {
     let (calls, pause) = agent.split_once('-').unwrap_or(("1", "0"));
+    let (pause, tool) = match pause.strip_suffix("-save") {
+        Some(pause) => (
+            pause,
+            json!({"name": "memory_save", "arguments": "{\"content\":\"x\"}"}),
+        ),
+        None => (pause, json!({"name": "memory_get", "arguments": "{}"})),
+    };
     let number = |text: &str| text.parse::<u64>().unwrap_or_default();
     let messages = request["messages"]
         .as_array()
@@ -130,7 +137,7 @@ async fn work(agent: &str, request: &Value) -> Response {
     }
     let (delta, finish) = if results + 1 < number(calls) {
         let call = json!({"index": 0, "id": format!("call_{results}"), "type": "function",
-            "function": {"name": "memory_get", "arguments": "{}"}});
+            "function": tool});
         (
             json!({"role": "assistant", "tool_calls": [call]}),
             "tool_calls",
