@@ -106,11 +106,9 @@ async fn save(
     agent: Option<String>,
     content: &str,
 ) -> Result<Json<Saved>, ApiError> {
-    let mut tx = db.begin();
-    tx.save_memory(owner(agent.as_deref()), content)
+    db.save_memory(owner(agent.as_deref()), content)
         .await
         .map_err(too_large)?;
-    tx.commit().await?;
     Ok(Json(Saved { saved: true, agent }))
 }
 

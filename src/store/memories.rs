@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::{ProjectDb, ProjectTx, Result, StoreError};
+use super::{ProjectDb, Result, StoreError};
 
 /// The most bytes that one memory holds; the constraint `memories_content_size` keeps it.
 pub const MEMORY_LIMIT: usize = 256 * 1024;
@@ -118,25 +118,26 @@ impl ProjectDb {
         );
         Ok(memories)
     }
-}
 
-impl ProjectTx {
     /// Puts a text in place of the whole memory.
     ///
     /// # Errors
     /// Constraint `memories_content_size`.
-    pub async fn save_memory(&mut self, owner: MemoryOwner<'_>, content: &str) -> Result<()> {
-        self.changes = true;
+    pub async fn save_memory(&self, owner: MemoryOwner<'_>, content: &str) -> Result<()> {
         sqlx::query!(
-            "insert into memories (project_id, owner, content)
-            values ($1, $2, $3)
-            on conflict (project_id, owner) do update set content = excluded.content, updated_at = now()",
-            self.db.project,
+            "with saved as (
+                insert into memories (project_id, owner, content)
+                values ($1, $2, $3)
+                on conflict (project_id, owner) do update set content = excluded.content, updated_at = now()
+            )
+            insert into changes (project_id) values ($1)",
+            self.project,
             owner.column(),
             content
         )
-        .execute(self.open().await?)
+        .execute(&self.pool)
         .await?;
+        self.warm.forget(self.project);
         Ok(())
     }
 
@@ -144,23 +145,26 @@ impl ProjectTx {
     ///
     /// # Errors
     /// Constraint `memories_content_size`.
-    pub async fn append_memory(&mut self, owner: MemoryOwner<'_>, line: &str) -> Result<()> {
-        self.changes = true;
+    pub async fn append_memory(&self, owner: MemoryOwner<'_>, line: &str) -> Result<()> {
         sqlx::query!(
-            "insert into memories (project_id, owner, content)
-            values ($1, $2, $3)
-            on conflict (project_id, owner) do update
-            set content = case
-                    when memories.content = '' or right(memories.content, 1) = e'\\n' then memories.content || excluded.content
-                    else memories.content || e'\\n' || excluded.content
-                end,
-                updated_at = now()",
-            self.db.project,
+            "with appended as (
+                insert into memories (project_id, owner, content)
+                values ($1, $2, $3)
+                on conflict (project_id, owner) do update
+                set content = case
+                        when memories.content = '' or right(memories.content, 1) = e'\\n' then memories.content || excluded.content
+                        else memories.content || e'\\n' || excluded.content
+                    end,
+                    updated_at = now()
+            )
+            insert into changes (project_id) values ($1)",
+            self.project,
             owner.column(),
             line
         )
-        .execute(self.open().await?)
+        .execute(&self.pool)
         .await?;
+        self.warm.forget(self.project);
         Ok(())
     }
 
@@ -169,25 +173,29 @@ impl ProjectTx {
     /// # Errors
     /// [`StoreError::NotFound`] when the memory does not hold `find`; constraint `memories_content_size`.
     pub async fn replace_in_memory(
-        &mut self,
+        &self,
         owner: MemoryOwner<'_>,
         find: &str,
         with: &str,
     ) -> Result<()> {
-        self.changes = true;
         let replaced = sqlx::query!(
-            "update memories
-            set content = replace(content, $3, $4), updated_at = now()
-            where project_id = $1
-              and owner = $2
-              and strpos(content, $3) > 0",
-            self.db.project,
+            "with replaced as (
+                update memories
+                set content = replace(content, $3, $4), updated_at = now()
+                where project_id = $1
+                  and owner = $2
+                  and strpos(content, $3) > 0
+                returning project_id
+            )
+            insert into changes (project_id) select project_id from replaced",
+            self.project,
             owner.column(),
             find,
             with
         )
-        .execute(self.open().await?)
+        .execute(&self.pool)
         .await?;
+        self.warm.forget(self.project);
         if replaced.rows_affected() == 0 {
             Err(StoreError::NotFound)
         } else {

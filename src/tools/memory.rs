@@ -119,17 +119,13 @@ pub(super) async fn call(db: &ProjectDb, agent: &str, call: &ToolCall) -> Result
         }
         "memory_save" => {
             let Text { content, scope } = arguments(call)?;
-            save(db, owner(scope), &clean(&content)).await
+            db.save_memory(owner(scope), &clean(&content)).await
         }
         "memory_append" => {
             let Text { content, scope } = arguments(call)?;
             let at = Utc::now().to_rfc3339_opts(SecondsFormat::Secs, true);
-            append(
-                db,
-                owner(scope),
-                &format!("[{at}] {}\n", clean(&content).trim_end()),
-            )
-            .await
+            let line = format!("[{at}] {}\n", clean(&content).trim_end());
+            db.append_memory(owner(scope), &line).await
         }
         _ => {
             let Update {
@@ -140,7 +136,8 @@ pub(super) async fn call(db: &ProjectDb, agent: &str, call: &ToolCall) -> Result
             if find.is_empty() {
                 return Err("`find` must not be empty.".to_owned());
             }
-            update(db, owner(scope), &clean(&find), &clean(&replace)).await
+            db.replace_in_memory(owner(scope), &clean(&find), &clean(&replace))
+                .await
         }
     };
     done.map(|()| "Saved.".to_owned()).map_err(explain)
@@ -149,29 +146,6 @@ pub(super) async fn call(db: &ProjectDb, agent: &str, call: &ToolCall) -> Result
 /// Postgres stores no NUL character.
 fn clean(text: &str) -> String {
     text.replace('\0', "\u{fffd}")
-}
-
-async fn save(db: &ProjectDb, owner: MemoryOwner<'_>, content: &str) -> Result<(), StoreError> {
-    let mut tx = db.begin();
-    tx.save_memory(owner, content).await?;
-    tx.commit().await
-}
-
-async fn append(db: &ProjectDb, owner: MemoryOwner<'_>, line: &str) -> Result<(), StoreError> {
-    let mut tx = db.begin();
-    tx.append_memory(owner, line).await?;
-    tx.commit().await
-}
-
-async fn update(
-    db: &ProjectDb,
-    owner: MemoryOwner<'_>,
-    find: &str,
-    replace: &str,
-) -> Result<(), StoreError> {
-    let mut tx = db.begin();
-    tx.replace_in_memory(owner, find, replace).await?;
-    tx.commit().await
 }
 
 /// What the model is told. A failure that is ours is logged here, where it ends.
