@@ -14,7 +14,7 @@ use crate::task::{
 };
 
 /// The gate that a person's level of the escalation policy is (contract 2.6.4).
-pub(super) const ESCALATION: &str = "escalation";
+pub const ESCALATION: &str = "escalation";
 
 /// What becomes of the job after a deed of the engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -24,8 +24,8 @@ pub mod schedule;
 pub use approve::{NotResolved, approve, expire, reject, request_approval, withdraw};
 pub use create::{NewTask, create};
 pub use finish::{
-    Aftermath, after_defect, after_failure, complete, escalate, hold_run, stop_at_deadline,
-    stop_for_person,
+    Aftermath, ESCALATION, after_defect, after_failure, complete, escalate, hold_run,
+    stop_at_deadline, stop_for_person,
 };
 pub use operate::{
     TaskChange, delete, delete_all, force_fail, kill, pause, queue, reassess, retry, run, update,

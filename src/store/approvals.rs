@@ -225,6 +225,23 @@ impl ProjectTx {
         .await?)
     }
 
+    /// The gate at which a task waits for a person, if it does. The task must be held.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn pending_gate(&mut self, task: Id<ids::Task>) -> Result<Option<String>> {
+        Ok(sqlx::query_scalar!(
+            "select gate_id from approvals
+            where project_id = $1 and task_id = $2 and status = 'pending'
+            order by requested_at desc
+            limit 1",
+            self.db.project,
+            task.uuid()
+        )
+        .fetch_optional(self.open().await?)
+        .await?)
+    }
+
     /// Withdraws the requests of a task that ended or went on without them, and returns which.
     ///
     /// # Errors

@@ -72,6 +72,13 @@ impl Task {
         }
     }
 
+    /// The level of the escalation policy that it has reached, if the project still has it.
+    pub fn level<'a>(&self, settings: &'a Settings) -> Option<&'a Level> {
+        let reached = self.document.escalation_level?;
+        let levels = &settings.escalation_policy.as_ref()?.levels;
+        levels.iter().find(|level| level.level == reached)
+    }
+
     /// The agent mends its work; no retry is used.
     pub fn begin_fix(&mut self, settings: &Settings, feedback: String) -> bool {
         self.document.fix_attempts += 1;

@@ -1,13 +1,15 @@
 //! What happens when a time has come: a deadline, an escalation that brought nothing, a request that nobody answered.
 
+use std::time::Duration;
+
 use chrono::Utc;
 use serde_json::json;
 
 use super::{Held, Result};
 use crate::ids::{self, Approval, Id};
 use crate::lifecycle::{self, Aftermath};
-use crate::store::until;
-use crate::task::{Bypass, Gate, Hook, Status, Violation};
+use crate::store::{ProjectTx, until};
+use crate::task::{Bypass, Gate, Hook, Settings, Status, Task, Violation};
 
 /// Looks at a task's deadline: a warning at 80 % of its time, a violation at its end (contract 2.6.4, SLA).
 pub(super) async fn deadline(held: &Held, id: Id<ids::Task>) -> Result<()> {
@@ -72,6 +74,11 @@ pub(super) async fn escalation(held: &Held, id: Id<ids::Task>) -> Result<()> {
     let settings = db.settings().await?;
     let mut tx = db.begin();
     let mut task = tx.lock_task(id).await?;
+    if let Some(again) = time_while_asked(&mut tx, &task, &settings).await? {
+        tx.put_off(&held.lease, again).await?;
+        tx.commit().await?;
+        return Ok(());
+    }
     tx.complete(&held.lease).await?;
     let waits = matches!(
         task.status(),
@@ -94,6 +101,24 @@ pub(super) async fn escalation(held: &Held, id: Id<ids::Task>) -> Result<()> {
     }
     tx.commit().await?;
     Ok(())
+}
+
+/// The time that a level gets anew because a person is asked about the task at a gate: it cannot bring anything meanwhile, and nobody takes the
+/// question away from them.
+async fn time_while_asked(
+    tx: &mut ProjectTx,
+    task: &Task,
+    settings: &Settings,
+) -> Result<Option<Duration>> {
+    if task.status() != Status::AwaitingApproval {
+        return Ok(None);
+    }
+    let gate = tx.pending_gate(task.id).await?;
+    let at_another = gate.is_some_and(|gate| gate != lifecycle::ESCALATION);
+    let timeout = task.level(settings).and_then(|level| level.timeout_ms);
+    Ok(timeout
+        .filter(|timeout| at_another && *timeout > 0)
+        .map(Duration::from_millis))
 }
 
 /// Nobody has answered a request in its time.

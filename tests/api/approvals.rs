@@ -384,3 +384,33 @@ async fn no_level_of_an_escalation_acts_once_a_person_is_asked_or_has_answered()
         );
     }
 }
+
+#[tokio::test]
+async fn no_level_of_an_escalation_takes_a_question_at_a_gate_away() {
+    let app = with_gates(json!([gate("task:create", json!({}))])).await;
+    let levels = json!([{"level": 1, "handler": "orchestrator", "timeoutMs": 60_000}]);
+    let settings = json!({"escalationPolicy": {"levels": levels}});
+    assert_eq!(answer(app.patch("/v1/config", settings)).await.0, 200);
+    let id = app.task("work", json!({})).await;
+    let request = waiting(&app, &id).await;
+    // As an escalated task that is stopped at a gate, and whose level has had its time.
+    app.sql(
+        "update production.tasks set document = jsonb_set(document, '{escalationLevel}', '1');
+        insert into production.jobs (project_id, kind, subject, ready, due_at)
+        select project_id, 'escalation', id, true, clock_timestamp() from production.tasks"
+            .to_owned(),
+    )
+    .await;
+    let mut database = PgConnection::connect(&app.database_url).await.unwrap();
+    let owed_later = "select exists (select from production.jobs
+        where kind = 'escalation' and due_at > clock_timestamp() + interval '50 s')";
+    eventually("the level has its time anew", async || {
+        sqlx::query_scalar(owed_later)
+            .fetch_one(&mut database)
+            .await
+            .unwrap()
+    })
+    .await;
+    assert_eq!(decide(&app, &request, "approve", json!({})).await.0, 200);
+    app.until(&id, "done").await;
+}
