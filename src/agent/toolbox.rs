@@ -22,7 +22,7 @@ pub trait Toolbox: Send + Sync + std::fmt::Debug {
     fn is_repeatable(&self, call: &ToolCall) -> bool;
 
     /// Whether a call's result is known in this process: to run it asks nobody, changes nothing and takes no time, so nobody could tell whether it
-    /// was run before or after the message that asks for it was recorded.
+    /// was run before or after the message that asks for it was recorded. Such a call is repeatable too.
     fn is_at_hand(&self, call: &ToolCall) -> bool;
 }
 

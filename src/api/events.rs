@@ -247,6 +247,10 @@ fn frames(
             // falls between the two.
             let mut joined = None;
             loop {
+                if let Some(reason) = reason_to_end(&app, presented.as_ref(), &mut checked).await {
+                    yield Ok(farewell(reason, after));
+                    return;
+                }
                 let rows = match db.events_after(after, PAGE).await {
                     Ok(rows) => rows,
                     Err(error) => {
@@ -257,6 +261,11 @@ fn frames(
                 };
                 let caught_up = i64::try_from(rows.len()).is_ok_and(|count| count < PAGE);
                 for row in rows {
+                    // Numbers have no gaps: what is missing was pruned since.
+                    if row.seq > after + 1 {
+                        yield Ok(farewell("the events that follow are not kept any more", after));
+                        return;
+                    }
                     after = row.seq;
                     if passes(&filter, &row.name) {
                         let offered = Instant::now();
@@ -326,6 +335,23 @@ fn frames(
             }
         }
     }
+}
+
+/// Why a reader that is behind must not read on, looked at before each page.
+async fn reason_to_end(
+    app: &App,
+    presented: Option<&Presented>,
+    checked: &mut Instant,
+) -> Option<&'static str> {
+    if app.stopping.is_cancelled() {
+        return Some("the server is stopping");
+    }
+    let presented = presented.filter(|_| checked.elapsed() >= RECHECK)?;
+    *checked = Instant::now();
+    presented
+        .is_revoked(app)
+        .await
+        .then_some("the key was revoked")
 }
 
 /// The last comment of a stream that we end: where to go on.

@@ -16,7 +16,7 @@ use crate::app::App;
 use crate::event::timestamp;
 use crate::ids::{self, Id};
 use crate::lifecycle::{self, LifecycleError, NewTask, TaskChange};
-use crate::store::{StepKind, StoreError, TaskFilter};
+use crate::store::{ProjectDb, StepKind, StoreError, TaskFilter};
 use crate::task::{
     Document, Expectation, ExpectedOutcome, LONGEST_TIME, RetryPolicy, Status, Task, refuse_metrics,
 };
@@ -297,6 +297,18 @@ fn status_of(word: Option<&str>) -> Result<Option<Status>, ApiError> {
 }
 
 /// A group is a label, or a mission's id (contract 2.6.6).
+/// The name of the agent whose tasks are asked for: tasks have their agent by its name.
+async fn agent_asked_for(db: &ProjectDb, query: &TaskQuery) -> Result<Option<String>, ApiError> {
+    let Some(agent) = &query.assign_to else {
+        return Ok(None);
+    };
+    match db.agent(agent).await {
+        Ok(agent) => Ok(Some(agent.name.clone())),
+        Err(StoreError::NotFound) => Ok(Some(agent.clone())),
+        Err(error) => Err(error.into()),
+    }
+}
+
 fn grouped(group: Option<&str>) -> TaskFilter<'_> {
     let mission = group.and_then(|group| group.parse().ok());
     TaskFilter {
@@ -337,15 +349,7 @@ pub async fn list_tasks(
 ) -> Result<Response, ApiError> {
     let size = page.size()?;
     let status = status_of(query.status.as_deref())?;
-    // Tasks have their agent by its name.
-    let agent = match query.assign_to.as_deref() {
-        Some(agent) => match db.agent(agent).await {
-            Ok(agent) => Some(agent.name.clone()),
-            Err(StoreError::NotFound) => Some(agent.to_owned()),
-            Err(error) => return Err(error.into()),
-        },
-        None => None,
-    };
+    let agent = agent_asked_for(&db, &query).await?;
     let filter = TaskFilter {
         status,
         assign_to: agent.as_deref(),
@@ -404,18 +408,25 @@ pub async fn delete_tasks(
     Query(query): Query<TaskQuery>,
 ) -> Result<Json<Value>, ApiError> {
     let status = status_of(query.status.as_deref())?;
-    let filter = if query.all == Some(true) {
-        TaskFilter::default()
-    } else if status.is_none() && query.group.is_none() {
+    let agent = agent_asked_for(&db, &query).await?;
+    let filtered = status.is_some() || query.group.is_some() || agent.is_some();
+    let refusal = match (query.all == Some(true), filtered) {
+        (false, false) => "Name a `status`, a `group` or an agent (`assignTo`), or set `all=true`.",
+        (true, true) => {
+            "`all=true` deletes every task, whatever its `status`, `group` or `assignTo`. Leave out one or the other."
+        }
+        _ => "",
+    };
+    if !refusal.is_empty() {
         return Err(ApiError::BadRequest {
-            message: "Name a `status` or a `group`, or set `all=true`.".to_owned(),
+            message: refusal.to_owned(),
             param: None,
         });
-    } else {
-        TaskFilter {
-            status,
-            ..grouped(query.group.as_deref())
-        }
+    }
+    let filter = TaskFilter {
+        status,
+        assign_to: agent.as_deref(),
+        ..grouped(query.group.as_deref())
     };
     let deleted = lifecycle::delete_all(&db, filter)
         .await
@@ -741,15 +752,22 @@ pub(super) fn redact(value: &mut Value) {
                             *text = parsed.to_string();
                         }
                     }
-                    // The counts of a model's tokens are no secret, and are numbers.
-                    Value::String(text) if SECRET.iter().any(|word| lower.contains(word)) => {
-                        "[REDACTED]".clone_into(text);
-                    }
+                    member if SECRET.iter().any(|word| lower.contains(word)) => hide(member),
                     member => redact(member),
                 }
             }
         }
         _ => {}
+    }
+}
+
+/// Hides every text of something whose name sounds secret. The counts of a model's tokens are no secret, and are numbers.
+fn hide(value: &mut Value) {
+    match value {
+        Value::String(text) => "[REDACTED]".clone_into(text),
+        Value::Array(items) => items.iter_mut().for_each(hide),
+        Value::Object(members) => members.values_mut().for_each(hide),
+        Value::Null | Value::Bool(_) | Value::Number(_) => {}
     }
 }
 
@@ -761,7 +779,7 @@ mod tests {
     fn what_sounds_secret_is_hidden_in_arguments_too() {
         let mut body = json!({
             "name": "http_fetch", "usage": {"prompt_tokens": 7},
-            "arguments": r#"{"url":"https://a","headers":{"Authorization":"Bearer x"},"apiKey":"y"}"#,
+            "arguments": r#"{"url":"https://a","headers":{"Authorization":"Bearer x"},"apiKey":"y","apiKeys":["y"],"auth":{"value":"y"}}"#,
         });
         redact(&mut body);
         assert_eq!(body["usage"]["prompt_tokens"], 7);

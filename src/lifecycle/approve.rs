@@ -105,7 +105,7 @@ pub async fn approve(
     }
     let mut tx = db.begin();
     let task = task_of(&mut tx, &asked).await?;
-    let row = resolve(&mut tx, db, id, "approved", by, note).await?;
+    let row = resolve(&mut tx, id, "approved", by, note).await?;
     if let Some(mut task) = task {
         let told = json!({"requestId": row.id, "status": "approved", "resolvedBy": by});
         task.tell("approval:resolved", told);
@@ -206,7 +206,7 @@ pub async fn reject(
     let asked = db.approval(id).await?;
     let mut tx = db.begin();
     let task = task_of(&mut tx, &asked).await?;
-    let row = resolve(&mut tx, db, id, "rejected", by, Some(feedback)).await?;
+    let row = resolve(&mut tx, id, "rejected", by, Some(feedback)).await?;
     let Some(mut task) = task else {
         return Err(NotResolved::Conflict(
             "This request belongs to no task and cannot be rejected. Approve it, or leave it as it is."
@@ -308,17 +308,15 @@ async fn task_of(tx: &mut ProjectTx, asked: &ApprovalRow) -> Result<Option<Task>
 /// Answers a request and calls its timer off; says why not where it is answered already.
 pub(super) async fn resolve(
     tx: &mut ProjectTx,
-    db: &ProjectDb,
     id: Id<Approval>,
     status: &str,
     by: &str,
     note: Option<&str>,
 ) -> std::result::Result<ApprovalRow, NotResolved> {
     let Some(row) = tx.resolve_approval(id, status, by, note).await? else {
-        let row = db.approval(id).await?;
+        let status = tx.approval_status(id).await?;
         return Err(NotResolved::Conflict(format!(
-            "This request is {} already.",
-            row.status
+            "This request is {status} already."
         )));
     };
     tx.call_off(Job::Approval(id)).await?;

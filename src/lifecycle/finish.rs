@@ -354,7 +354,7 @@ async fn interrupt(tx: &mut ProjectTx, task: &Task) -> Result<()> {
     hold_run(tx, task).await?;
     // Before its run, like whoever records a step.
     tx.call_off(Job::Task(task.id)).await?;
-    if let Some(run) = task.run.filter(|_| task.status().is_active()) {
+    if let Some(run) = task.run {
         tx.end_run(run, RunStatus::Interrupted, None);
     }
     tx.stop_run(task.id);

@@ -106,6 +106,17 @@ pub async fn leave(tx: &mut ProjectTx, db: &ProjectDb, agent: &str) -> Result<()
     Ok(())
 }
 
+/// Whether a failed task can be tried again: nobody else has its title by now, or its mission's run goes on, or can. The task must be held.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn can_be_taken_up(tx: &mut ProjectTx, task: &Task) -> Result<bool> {
+    match task.mission {
+        Some(place) => mission::is_open(tx, place).await,
+        None => Ok(!tx.is_title_taken(&task.title).await?),
+    }
+}
+
 /// Owes a task its next step.
 async fn owe(tx: &mut ProjectTx, task: &Task, after: Duration) -> Result<()> {
     tx.enqueue(Job::Task(task.id), task.document.priority, after)

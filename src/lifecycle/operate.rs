@@ -8,7 +8,7 @@ use super::finish::end_abruptly;
 use super::{LifecycleError, NOW, Result, locked, owe, renew_deadline, save};
 use crate::event::Event;
 use crate::ids::{self, Id};
-use crate::store::{Job, ProjectDb, ProjectTx, StoreError, TaskFilter};
+use crate::store::{Job, ProjectDb, ProjectTx, RunStatus, StoreError, TaskFilter};
 use crate::task::{Bypass, EndReason, Expectation, Gate, Hook, Phase, Status, Task};
 
 /// A change to a task; `None` leaves a field as it is.
@@ -87,9 +87,11 @@ pub async fn update(db: &ProjectDb, id: Id<ids::Task>, change: TaskChange) -> Re
                 "given to another agent; pause or kill it first",
             ));
         }
-        if agent != task.assign_to {
+        if agent != task.assign_to
+            && let Some(run) = task.run.take()
+        {
             // What another has begun is not gone on with.
-            task.run = None;
+            tx.end_run(run, RunStatus::Interrupted, None);
         }
         task.assign_to = agent;
     }

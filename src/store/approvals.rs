@@ -225,6 +225,20 @@ impl ProjectTx {
         .await?)
     }
 
+    /// What has become of a request.
+    ///
+    /// # Errors
+    /// [`super::StoreError::NotFound`].
+    pub async fn approval_status(&mut self, id: Id<Approval>) -> Result<String> {
+        Ok(sqlx::query_scalar!(
+            "select status from approvals where project_id = $1 and id = $2",
+            self.db.project,
+            id.uuid()
+        )
+        .fetch_one(self.open().await?)
+        .await?)
+    }
+
     /// The gate at which a task waits for a person, if it does. The task must be held.
     ///
     /// # Errors

@@ -395,7 +395,7 @@ impl ProjectTx {
             ), ended as (
                 update runs set status = $11, ended_at = clock_timestamp()
                 from fine
-                where project_id = $1 and id = $10
+                where project_id = $1 and id = $10 and status = 'running'
                 returning task_id
             ), spoken as (
                 delete from words using ended where words.project_id = $1 and words.task_id = ended.task_id

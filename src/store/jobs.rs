@@ -198,7 +198,8 @@ impl Db {
         Ok(Standing(connection))
     }
 
-    /// Makes ready what has come due in a lane, leases that have run out among it. Returns when the next comes due.
+    /// Makes ready what has come due in a lane, leases that have run out among it, but for what someone has hold of: that is due still.
+    /// Returns when the next comes due.
     ///
     /// # Errors
     /// When the database cannot be reached.
@@ -208,8 +209,14 @@ impl Db {
             return Ok(first.at);
         }
         sqlx::query!(
-            "update jobs set ready = true, holder = null
-            where not ready and due_at <= clock_timestamp() and lane = $1",
+            "with due as (
+                select project_id, kind, subject from jobs
+                where not ready and due_at <= clock_timestamp() and lane = $1
+                for update skip locked
+            )
+            update jobs set ready = true, holder = null
+            from due
+            where jobs.project_id = due.project_id and jobs.kind = due.kind and jobs.subject = due.subject",
             lane.number()
         )
         .execute(self.claims(world))
@@ -230,7 +237,7 @@ impl Db {
         .await?)
     }
 
-    /// Makes ready what is held by processes that are gone, and says how many there were.
+    /// Makes ready what is held by processes that are gone, but for what someone has hold of, and says how many there were.
     ///
     /// # Errors
     /// When the database cannot be reached.
@@ -246,9 +253,14 @@ impl Db {
                       and database = (select oid from pg_database where datname = current_database())
                       and (classid::bigint << 32) | objid::bigint = holders.holder
                 )
+            ), left_behind as (
+                select jobs.project_id, jobs.kind, jobs.subject
+                from gone join jobs on jobs.holder = gone.holder
+                for update of jobs skip locked
             )
             update jobs set ready = true, holder = null, lease = nextval('leases')
-            from gone where jobs.holder = gone.holder"
+            from left_behind l
+            where jobs.project_id = l.project_id and jobs.kind = l.kind and jobs.subject = l.subject"
         )
         .execute(self.claims(world))
         .await?;

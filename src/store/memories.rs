@@ -17,6 +17,11 @@ pub enum MemoryOwner<'a> {
     Agent(&'a str),
 }
 
+/// The constraint that keeps [`MEMORY_LIMIT`].
+const SIZE: &str = "memories_content_size";
+/// [`MEMORY_LIMIT`] as Postgres counts.
+const LIMIT: i64 = MEMORY_LIMIT as i64;
+
 impl<'a> MemoryOwner<'a> {
     /// No agent has an empty name.
     fn column(self) -> &'a str {
@@ -124,7 +129,7 @@ impl ProjectDb {
     /// # Errors
     /// Constraint `memories_content_size`.
     pub async fn save_memory(&self, owner: MemoryOwner<'_>, content: &str) -> Result<()> {
-        sqlx::query!(
+        let saved = sqlx::query!(
             "with saved as (
                 insert into memories (project_id, owner, content)
                 values ($1, $2, $3)
@@ -136,8 +141,10 @@ impl ProjectDb {
             content
         )
         .execute(&self.pool)
-        .await?;
+        .await;
+        // Whatever the answer: it may have been lost after the commit.
         self.warm.forget(self.project);
+        saved?;
         Ok(())
     }
 
@@ -146,7 +153,7 @@ impl ProjectDb {
     /// # Errors
     /// Constraint `memories_content_size`.
     pub async fn append_memory(&self, owner: MemoryOwner<'_>, line: &str) -> Result<()> {
-        sqlx::query!(
+        let saved = sqlx::query!(
             "with appended as (
                 insert into memories (project_id, owner, content)
                 values ($1, $2, $3)
@@ -163,8 +170,10 @@ impl ProjectDb {
             line
         )
         .execute(&self.pool)
-        .await?;
+        .await;
+        // Whatever the answer: it may have been lost after the commit.
         self.warm.forget(self.project);
+        saved?;
         Ok(())
     }
 
@@ -178,28 +187,37 @@ impl ProjectDb {
         find: &str,
         with: &str,
     ) -> Result<()> {
-        let replaced = sqlx::query!(
-            "with replaced as (
+        // Its size is known before it is made: what replaces every letter of a memory could be as large as Postgres' memory.
+        let size = sqlx::query_scalar!(
+            r#"with sized as (
+                select octet_length(content) + (octet_length($4) - octet_length($3))::bigint
+                    * ((length(content) - length(replace(content, $3, ''))) / length($3)) as size
+                from memories
+                where project_id = $1 and owner = $2 and strpos(content, $3) > 0
+                for update
+            ), replaced as (
                 update memories
                 set content = replace(content, $3, $4), updated_at = now()
-                where project_id = $1
-                  and owner = $2
-                  and strpos(content, $3) > 0
+                from sized
+                where project_id = $1 and owner = $2 and sized.size <= $5
                 returning project_id
+            ), told as (
+                insert into changes (project_id) select project_id from replaced
             )
-            insert into changes (project_id) select project_id from replaced",
+            select size as "size!" from sized"#,
             self.project,
             owner.column(),
             find,
-            with
+            with,
+            LIMIT
         )
-        .execute(&self.pool)
-        .await?;
+        .fetch_optional(&self.pool)
+        .await;
         self.warm.forget(self.project);
-        if replaced.rows_affected() == 0 {
-            Err(StoreError::NotFound)
-        } else {
-            Ok(())
+        match size? {
+            None => Err(StoreError::NotFound),
+            Some(size) if size > LIMIT => Err(StoreError::Constraint(SIZE.to_owned())),
+            Some(_) => Ok(()),
         }
     }
 }

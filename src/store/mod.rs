@@ -415,13 +415,15 @@ impl ProjectTx {
             .execute(self.open().await?)
             .await?;
         }
-        self.close().await?;
+        let closed = self.close().await;
+        if self.changes {
+            // Whatever the answer: it may have been lost after the commit.
+            self.db.warm.forget(self.db.project);
+        }
+        closed?;
         let topics: Vec<Topic> = self.topics().collect();
         let changed = std::mem::take(&mut self.changed);
         let left_parked = std::mem::take(&mut self.left_parked);
-        if self.changes {
-            self.db.warm.forget(self.db.project);
-        }
         for topic in topics {
             self.db.bell.ring(topic);
         }

@@ -47,6 +47,8 @@ pub struct RunRow {
     pub started_at: DateTime<Utc>,
     /// When it ended.
     pub ended_at: Option<DateTime<Utc>>,
+    /// What its agent was told.
+    pub said: Option<String>,
 }
 
 /// A task that an agent is at.
@@ -109,7 +111,7 @@ impl ProjectDb {
     pub async fn run(&self, run: Id<Run>) -> Result<RunRow> {
         Ok(sqlx::query_as!(
             RunRow,
-            "select id, status, started_at, ended_at from runs where project_id = $1 and id = $2",
+            "select id, status, started_at, ended_at, said from runs where project_id = $1 and id = $2",
             self.project,
             run.uuid()
         )
@@ -286,7 +288,7 @@ impl ProjectTx {
         Ok(())
     }
 
-    /// Ends a run, with its last step if that is not recorded yet. Written with the commit.
+    /// Ends a run that has not ended, with its last step if that is not recorded yet. Written with the commit.
     pub fn end_run(&mut self, run: Id<Run>, status: RunStatus, last: Option<NewStep>) {
         self.closing.ended = Some(Box::new(EndedRun {
             id: run.uuid(),

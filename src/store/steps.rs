@@ -258,6 +258,36 @@ impl ProjectDb {
     }
 }
 
+impl ProjectDb {
+    /// A call of a run may begin after its last step, which says nothing of it or that another may.
+    ///
+    /// # Errors
+    /// [`super::StoreError::LeaseLost`]; nothing is written then.
+    pub async fn mark_under_way(&self, lease: &Lease, run: Id<Run>, call: &str) -> Result<()> {
+        let (kind, subject) = lease.job.columns();
+        let marked = sqlx::query!(
+            "with held as (
+                select 1 from jobs
+                where project_id = $1 and kind = $2 and subject = $3 and lease = $4
+                for update
+            )
+            update steps set under_way = $6
+            from held
+            where project_id = $1 and run_id = $5
+              and number = (select max(number) from steps where project_id = $1 and run_id = $5)",
+            self.project,
+            kind,
+            subject,
+            lease.number(),
+            run.uuid(),
+            call
+        )
+        .execute(&self.pool)
+        .await?;
+        held(marked.rows_affected())
+    }
+}
+
 impl ProjectTx {
     /// The next call of a run has not begun after all.
     ///

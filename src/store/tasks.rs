@@ -293,14 +293,15 @@ impl ProjectTx {
         Ok(held)
     }
 
-    /// Whether an unfinished task has this title.
+    /// Whether an unfinished task outside of missions has this title: those of missions may be called alike.
     ///
     /// # Errors
     /// When the database cannot be reached.
     pub async fn is_title_taken(&mut self, title: &str) -> Result<bool> {
         Ok(sqlx::query_scalar!(
             r#"select exists (
-                select from tasks where project_id = $1 and title = $2 and status not in ('done', 'failed')
+                select from tasks
+                where project_id = $1 and title = $2 and mission_id is null and status not in ('done', 'failed')
             ) as "exists!""#,
             self.db.project,
             title
@@ -457,8 +458,14 @@ impl ProjectTx {
         self.changed.push(task.id.uuid());
         // Within a mission there is more to it: `lifecycle::save`.
         let ends = moved && task.status().is_terminal() && task.mission.is_none();
-        let columns = TaskColumns::of(task, ends);
+        let mut columns = TaskColumns::of(task, ends);
         let last = task.mission.is_none() && self.closing.takes(&columns);
+        // A change that saves twice has ended the task if the first time has.
+        if let Some(kept) = &self.closing.saved
+            && kept.id == columns.id
+        {
+            columns.ends |= kept.ends;
+        }
         if last {
             self.closing.saved = Some(Box::new(columns));
             return Ok(());
@@ -664,6 +671,7 @@ impl ProjectTx {
               and ($3::text is null or status = $3)
               and ($4::text is null or group_label = $4)
               and ($5::uuid is null or mission_id = $5)
+              and ($6::text is null or assign_to = $6)
             order by id
             limit 1000
             for update",
@@ -671,7 +679,8 @@ impl ProjectTx {
             only.map(Id::uuid),
             filter.status.map(Status::as_str),
             filter.group,
-            filter.mission.map(Id::uuid)
+            filter.mission.map(Id::uuid),
+            filter.assign_to
         )
         .fetch_all(self.open().await?)
         .await?;

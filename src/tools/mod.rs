@@ -118,6 +118,7 @@ impl Toolbox for ServerTools {
 
     fn is_repeatable(&self, call: &ToolCall) -> bool {
         match call.name.as_str() {
+            _ if !self.has(call) => true,
             http_fetch::NAME => http_fetch::only_reads(call),
             // What it does is recorded with its result, so a call without one has done nothing.
             register_outcome::NAME => true,

@@ -134,10 +134,10 @@ pub(super) async fn pose(held: &Held, question: Question<'_>) -> Result<Answer> 
             }
             // Someone has killed, paused or deleted the task, perhaps.
             _ = stopped.changed() => {
-                if held.is_ours().await? {
-                    continue;
+                if held.is_known_to_be_lost().await? {
+                    return Err(WorkError::LeaseLost);
                 }
-                return Err(WorkError::LeaseLost);
+                continue;
             }
         };
         match event {

@@ -222,13 +222,13 @@ async fn act(
     Ok(lifecycle::save(tx, db, task).await?)
 }
 
-/// Tries the failed ones again: those that have retries left, and whose title nobody else has by now.
+/// Tries the failed ones again: those that have retries left, and that nothing else keeps from it.
 async fn retry(held: &Held, tx: &mut ProjectTx, failed: Vec<Task>) -> Result<bool> {
     let mut any = false;
     for mut task in failed {
         if task.status() != Status::Failed
             || task.document.retries >= task.document.max_retries
-            || tx.is_title_taken(&task.title).await?
+            || !lifecycle::can_be_taken_up(tx, &task).await?
         {
             continue;
         }

@@ -136,9 +136,11 @@ pub(super) async fn execute(
     // A task that this one needed may have written to them, a moment ago and elsewhere.
     let memories = db.memories_now(&agent.name).await?;
     let around = surroundings(db, &task).await?;
+    // Whoever takes a run over says what was said, whatever the description is by now.
+    let said = before.as_ref().and_then(|row| row.said.clone());
     let first = Message::User {
         content: vec![Part::Text {
-            text: task.document.description.clone(),
+            text: said.unwrap_or_else(|| task.document.description.clone()),
         }],
     };
     let (messages, open) = match &before {
@@ -353,7 +355,7 @@ async fn follow(
                 return Ok(Followed::HandedOver);
             }
             _ = stopped.changed() => {
-                if !held.is_ours().await? {
+                if held.is_known_to_be_lost().await? {
                     return Err(WorkError::LeaseLost);
                 }
             }
@@ -614,14 +616,15 @@ pub(super) fn open_calls(messages: &[Message]) -> Vec<ToolCall> {
     let Message::Assistant { tool_calls, .. } = &messages[last] else {
         return Vec::new();
     };
-    let answered = |call: &ToolCall| {
-        messages[last..].iter().any(|message| matches!(message, Message::Tool { tool_call_id, .. } if *tool_call_id == call.id))
-    };
-    tool_calls
-        .iter()
-        .filter(|call| !answered(call))
-        .cloned()
-        .collect()
+    let mut open = tool_calls.clone();
+    for message in &messages[last..] {
+        if let Message::Tool { tool_call_id, .. } = message
+            && let Some(answered) = open.iter().position(|call| call.id == *tool_call_id)
+        {
+            open.remove(answered);
+        }
+    }
+    open
 }
 
 #[cfg(test)]

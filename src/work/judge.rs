@@ -8,7 +8,7 @@ use futures::stream::FuturesUnordered;
 use serde_json::{Value, json};
 
 use super::ask::{Answer, Question, ask, pose};
-use super::execution::Patience;
+use super::record::record;
 use super::task::{commit, pass, pause};
 use super::{Held, Result, WorkError, question};
 use crate::app;
@@ -447,24 +447,7 @@ impl Sitting<'_> {
             usage,
             under_way: None,
         };
-        let steps = std::slice::from_ref(&step);
-        let mut patience = Patience::default();
-        loop {
-            match self
-                .held
-                .lease
-                .db
-                .record_steps(&self.held.lease, self.run, steps, events.clone())
-                .await
-            {
-                Ok(()) => break,
-                Err(error) if error.is_recorded_step() => break,
-                Err(StoreError::Unavailable(error)) => {
-                    patience.wait(self.held, error.into()).await?
-                }
-                Err(error) => return Err(error.into()),
-            }
-        }
+        record(self.held, self.run, &[step], &events).await?;
         self.next += 1;
         Ok(())
     }

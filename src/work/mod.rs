@@ -47,6 +47,10 @@ const GLANCE: Duration = Duration::from_millis(20);
 /// How far apart tasks begin beside a crowd of timers: each costs Postgres more than a firing does, most of all where both are one
 /// project's.
 const TRICKLE: Duration = Duration::from_millis(40);
+/// How long the connection that holds the lock may take to answer before it counts as lost.
+const CHECK: Duration = Duration::from_secs(2);
+/// How long other processes have to come back to a database that was away before they count as gone.
+const RETURN: Duration = Duration::from_secs(2);
 /// How often leases are extended.
 const HEARTBEAT: Duration = Duration::from_secs(3);
 /// The most jobs of one claim.
@@ -134,9 +138,17 @@ impl Held {
         self.app.stopping.is_cancelled() || self.is_suspended().await
     }
 
-    /// Whether the job is still ours; asked when someone says that it may not be.
-    async fn is_ours(&self) -> Result<bool> {
-        Ok(self.proof.renew().await?)
+    /// Whether the job is certainly not ours any more; asked when someone says that it may not be. Who cannot ask goes on with what is under way:
+    /// an answer that is being paid for is not thrown away for a database that is away, and nothing new is begun without a proof.
+    async fn is_known_to_be_lost(&self) -> Result<bool> {
+        match self.proof.renew().await {
+            Ok(ours) => Ok(!ours),
+            Err(StoreError::Unavailable(error)) => {
+                tracing::debug!("it is not known whose a job is: {error}");
+                Ok(false)
+            }
+            Err(error) => Err(error.into()),
+        }
     }
 }
 
@@ -145,8 +157,8 @@ impl Held {
 struct Engine {
     app: App,
     holder: Holder,
-    /// Whether this process has its lock: what it claims without one looks like a dead process' work.
-    standing: watch::Sender<bool>,
+    /// Since when this process has its lock, if it has: what it claims without one looks like a dead process' work.
+    standing: watch::Sender<Option<Instant>>,
     running: Mutex<HashMap<i64, (World, CancellationToken)>>,
     timers: Arc<Places>,
     jobs: TaskTracker,
@@ -158,6 +170,8 @@ struct Places {
     lane: Lane,
     count: usize,
     free: Arc<Semaphore>,
+    /// Held while jobs are claimed for the places that are free, so that both worlds do not claim for the same ones.
+    claiming: tokio::sync::Mutex<()>,
     /// Whether there was more in a world at the last claim than there was room for.
     behind: [AtomicBool; 2],
     /// Told when a place comes free while there were few.
@@ -170,6 +184,7 @@ impl Places {
             lane,
             count,
             free: Arc::new(Semaphore::new(count)),
+            claiming: tokio::sync::Mutex::default(),
             behind: Default::default(),
             freed: Notify::new(),
         })
@@ -229,7 +244,7 @@ pub async fn run(app: App) {
     let couriers = Places::new(Lane::Couriers, COURIERS);
     let engine = Arc::new(Engine {
         holder: Holder::new(rand::random()),
-        standing: watch::Sender::new(false),
+        standing: watch::Sender::new(None),
         running: Mutex::default(),
         timers: Places::new(Lane::Timers, TIMERS),
         jobs: TaskTracker::new(),
@@ -262,23 +277,32 @@ pub async fn run(app: App) {
 impl Engine {
     /// Keeps the lock that says that this process lives, and takes over from processes that do not.
     async fn stand(&self) {
+        // Who has lost the database looks at others only when they have had the time to come back to it as well.
+        let mut others_are_back = Instant::now();
         loop {
             let lost = match self.app.db.hold(self.holder).await {
-                Ok(mut standing) => loop {
-                    self.standing.send_replace(true);
-                    if let Err(error) = self.take_over().await {
-                        tracing::debug!("the jobs of other processes cannot be seen: {error}");
+                Ok(mut standing) => {
+                    self.standing.send_replace(Some(Instant::now()));
+                    loop {
+                        if Instant::now() >= others_are_back
+                            && let Err(error) = self.take_over().await
+                        {
+                            tracing::debug!("the jobs of other processes cannot be seen: {error}");
+                        }
+                        tokio::time::sleep(LOOK).await;
+                        match tokio::time::timeout(CHECK, standing.check()).await {
+                            Ok(Ok(())) => {}
+                            Ok(Err(error)) => break error.to_string(),
+                            Err(elapsed) => break elapsed.to_string(),
+                        }
                     }
-                    tokio::time::sleep(LOOK).await;
-                    if let Err(error) = standing.check().await {
-                        break error;
-                    }
-                },
-                Err(error) => error,
+                }
+                Err(error) => error.to_string(),
             };
-            self.standing.send_replace(false);
+            self.standing.send_replace(None);
             tracing::warn!("the engine has lost its database, trying again: {lost}");
             tokio::time::sleep(LOOK).await;
+            others_are_back = Instant::now() + RETURN;
         }
     }
 
@@ -342,15 +366,20 @@ impl Engine {
         rota: &mut Rota,
     ) -> std::result::Result<(), StoreError> {
         let now = Instant::now();
-        if !*self.standing.borrow() {
+        if self.standing.borrow().is_none() {
             rota.due = now + LOOK;
             return Ok(());
         }
         let db = &self.app.db;
         if rota.due <= now {
             let next = db.ready_due_jobs(world, places.lane).await?;
-            let pause = next.map_or(LOOK, |next| until(next, Utc::now()));
-            rota.due = now + pause.clamp(Duration::from_millis(1), LOOK);
+            let pause = match next.map(|next| until(next, Utc::now())) {
+                None => LOOK,
+                // Someone has hold of it, or it has come due this moment.
+                Some(Duration::ZERO) => GLANCE,
+                Some(pause) => pause.clamp(Duration::from_millis(1), LOOK),
+            };
+            rota.due = now + pause;
         }
         let crowded = places.lane == Lane::Engine && self.timers.is_crowded(world);
         if crowded {
@@ -361,6 +390,7 @@ impl Engine {
             rota.trickles_at = now + TRICKLE;
         }
         loop {
+            let _claiming = places.claiming.lock().await;
             let most = if crowded { 1 } else { CLAIM };
             let most = places.free.available_permits().min(most);
             let behind = places.behind(world);
@@ -417,9 +447,11 @@ impl Engine {
         let engine = self.clone();
         self.jobs.spawn(async move {
             let db = engine.app.db.clone();
+            let standing = engine.standing.subscribe();
+            let proof = Proof::new(db, engine.holder, lease.clone(), asked, standing);
             let held = Held {
                 app: engine.app.clone(),
-                proof: Arc::new(Proof::new(db, engine.holder, lease.clone(), asked)),
+                proof: Arc::new(proof),
                 lease,
                 lost,
             };

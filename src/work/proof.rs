@@ -5,6 +5,7 @@
 use std::sync::Mutex;
 
 use async_trait::async_trait;
+use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::POISONED;
@@ -19,15 +20,24 @@ pub(super) struct Proof {
     lease: Lease,
     /// When something was asked of the database that it would not have done without the lease, and did.
     asked: Mutex<Instant>,
+    /// Since when this process has its lock, if it has: without it others take its jobs at once.
+    standing: watch::Receiver<Option<Instant>>,
 }
 
 impl Proof {
-    pub(super) fn new(db: Db, holder: Holder, lease: Lease, asked: Instant) -> Self {
+    pub(super) fn new(
+        db: Db,
+        holder: Holder,
+        lease: Lease,
+        asked: Instant,
+        standing: watch::Receiver<Option<Instant>>,
+    ) -> Self {
         Self {
             db,
             holder,
             lease,
             asked: Mutex::new(asked),
+            standing,
         }
     }
 
@@ -36,9 +46,12 @@ impl Proof {
         *self.asked.lock().expect(POISONED) = asked;
     }
 
-    /// After each proof so much of the lease is left that another is needed only if this process was stopped since, or held up for as long.
+    /// After each proof so much of the lease is left that another is needed only if this process was stopped since, or held up for as long, or
+    /// has lost its lock meanwhile.
     pub(super) async fn is_fresh(&self) -> Result<bool, StoreError> {
-        if self.asked.lock().expect(POISONED).elapsed() < LONG_ENOUGH {
+        let known = *self.asked.lock().expect(POISONED);
+        let stood = self.standing.borrow().is_some_and(|since| since <= known);
+        if stood && known.elapsed() < LONG_ENOUGH {
             return Ok(true);
         }
         let asked = Instant::now();

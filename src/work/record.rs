@@ -125,7 +125,10 @@ impl<'a> Recorder<'a> {
             ..tool.call
         };
         self.tool_calls += 1;
-        self.waiting.retain(|call| call.id != tool.id);
+        // Providers have been seen to give two calls one id.
+        if let Some(place) = self.waiting.iter().position(|call| call.id == tool.id) {
+            self.waiting.remove(place);
+        }
         let mut body = tool_body(&tool, &content, failed);
         if registers_outcome(&tool)
             && !failed
@@ -198,27 +201,7 @@ impl<'a> Recorder<'a> {
             std::mem::take(&mut self.kept),
             std::mem::take(&mut self.told),
         );
-        let Held { lease, proof, .. } = self.held;
-        let mut patience = Patience::default();
-        loop {
-            let asked = Instant::now();
-            match lease
-                .db
-                .record_steps(lease, self.run, &steps, told.clone())
-                .await
-            {
-                Ok(()) => {
-                    proof.is_from(asked);
-                    return Ok(());
-                }
-                // They were recorded, and only the answer got lost.
-                Err(error) if error.is_recorded_step() => return Ok(()),
-                Err(StoreError::Unavailable(error)) => {
-                    patience.wait(self.held, error.into()).await?
-                }
-                Err(error) => return Err(error.into()),
-            }
-        }
+        record(self.held, self.run, &steps, &told).await
     }
 
     /// Takes the step that ended the turn, to look at; it stays to be recorded.
@@ -262,6 +245,38 @@ impl<'a> Recorder<'a> {
             }
             self.written = self.said.len();
             self.written_at = Some(Instant::now());
+        }
+    }
+}
+
+/// Records steps of a run that a job's lease is about. A database that is away is waited for.
+pub(super) async fn record(
+    held: &Held,
+    run: Id<Run>,
+    steps: &[NewStep],
+    events: &[Event],
+) -> Result<()> {
+    let Held { lease, proof, .. } = held;
+    let mut patience = Patience::default();
+    let mut lost = false;
+    loop {
+        let asked = Instant::now();
+        match lease
+            .db
+            .record_steps(lease, run, steps, events.to_vec())
+            .await
+        {
+            Ok(()) => {
+                proof.is_from(asked);
+                return Ok(());
+            }
+            // They were recorded, and only the answer got lost.
+            Err(error) if lost && error.is_recorded_step() => return Ok(()),
+            Err(StoreError::Unavailable(error)) => {
+                lost = true;
+                patience.wait(held, error.into()).await?;
+            }
+            Err(error) => return Err(error.into()),
         }
     }
 }
@@ -353,8 +368,15 @@ pub(super) async fn replay(
     let unknown = open
         .iter()
         .position(|call| Some(&call.id) == under_way.as_ref());
+    if unknown.is_none()
+        && let Some(next) = open.first().filter(|call| !toolbox.is_repeatable(call))
+    {
+        // Whoever handed the run over took back that it may have begun; now it may begin.
+        db.mark_under_way(&recorder.held.lease, run.id, &next.id)
+            .await?;
+    }
     if let Some(call) = unknown
-        .filter(|index| recorder.number > 0 && !toolbox.is_repeatable(&open[*index]))
+        .filter(|index| !toolbox.is_repeatable(&open[*index]))
         .map(|index| open.remove(index))
     {
         let content =

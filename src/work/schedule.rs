@@ -4,6 +4,7 @@ use chrono::Utc;
 use serde_json::{Map, Value};
 
 use super::{Held, Result, WorkError};
+use crate::app::CredentialsError;
 use crate::ids::{Id, Schedule};
 use crate::lifecycle::{LifecycleError, schedule};
 use crate::mission::Document;
@@ -45,7 +46,10 @@ async fn fault_of(held: &Held, definition: &Map<String, Value>) -> Result<Option
             .app
             .unusable_model(&held.lease.db, &document)
             .await
-            .map_err(|error| WorkError::Defect(error.into())),
+            .map_err(|error| match error {
+                CredentialsError::Store(error) => error.into(),
+                error => WorkError::Defect(error.into()),
+            }),
         Err(faults) => Ok(Some(faults.join("; "))),
     }
 }

@@ -54,8 +54,8 @@ pub(super) async fn deadline(held: &Held, id: Id<ids::Task>) -> Result<()> {
     let data = json!({"entityType": "task", "deadline": deadline, "overdueMs": (now - deadline).num_milliseconds()});
     let gate = Gate::closed(&settings.approval_gates, Hook::QualitySla, &task, &data);
     match (gate, settings.violation_action) {
-        // A person is asked about it already.
-        (Some(_), _) if task.status() == Status::AwaitingApproval => {
+        // A person is asked about it already, or has not handed it over yet.
+        (Some(_), _) if matches!(task.status(), Status::AwaitingApproval | Status::Draft) => {
             lifecycle::save(&mut tx, db, &mut task).await?;
         }
         (Some(gate), _) => lifecycle::stop_for_person(&mut tx, db, &mut task, gate).await?,

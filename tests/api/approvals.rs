@@ -414,3 +414,20 @@ async fn no_level_of_an_escalation_takes_a_question_at_a_gate_away() {
     assert_eq!(decide(&app, &request, "approve", json!({})).await.0, 200);
     app.until(&id, "done").await;
 }
+
+#[tokio::test]
+async fn many_answers_at_once_get_by_with_few_connections() {
+    let few = ["--world-connections", "2", "--acquire-timeout-ms", "120000"];
+    let app = TestApp::start_with(&few).await;
+    app.agent("noor").await;
+    app.upstream.answers(|_| Reply::Stream(said("Done.")));
+    let gates = json!([gate("task:create", json!({}))]);
+    answer(app.patch("/v1/config", json!({"approvalGates": gates}))).await;
+    let id = app.task("work", json!({})).await;
+    let request = waiting(&app, &id).await;
+    assert_eq!(decide(&app, &request, "approve", json!({})).await.0, 200);
+    let again = (0..16).map(|_| decide(&app, &request, "approve", json!({})));
+    for (status, _) in futures::future::join_all(again).await {
+        assert_eq!(status, 409);
+    }
+}

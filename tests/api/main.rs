@@ -14,6 +14,8 @@ mod auth;
 mod browsers;
 mod chat;
 mod crashes;
+mod deadlines;
+mod dependencies;
 mod engine;
 mod events;
 mod isolation;

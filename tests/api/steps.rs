@@ -5,12 +5,13 @@ use std::time::Duration;
 
 use polpo::event::Event;
 use polpo::store::{CallUsage, Holder, Lane, Lease, NewStep, StepKind, StoreError, World};
+use reqwest::Method;
 use serde_json::json;
 use sqlx::{Connection, PgConnection};
 use uuid::Uuid;
 
 use crate::harness::{
-    Reply, TestApp, answer, called, done_elsewhere, eventually, last_text, results, said,
+    Reply, TestApp, answer, called, done_elsewhere, eventually, last_text, results, said, waiting,
 };
 
 /// The steps of the only run, in order: the words for what each is, gathered by the commit that recorded them.
@@ -245,4 +246,46 @@ async fn a_call_that_had_not_begun_when_the_server_stopped_is_not_in_doubt() {
     let asked = app.upstream.asked();
     assert_eq!(asked.len(), 2);
     assert!(!last_text(&asked[1], "tool").contains("Interrupted"));
+}
+
+#[tokio::test]
+async fn a_call_that_begins_after_a_hand_over_is_in_doubt_again() {
+    let app = TestApp::start_with(&["--retry-backoff-ms", "1"]).await;
+    app.agent("noor").await;
+    let memory = app
+        .request(Method::PUT, "/v1/memory/agent/noor")
+        .json(&json!({"content": "before"}));
+    assert_eq!(answer(memory).await.0, 200);
+    app.upstream.will(Reply::Slow(
+        Duration::from_millis(300),
+        called(&[("c1", "memory_append", &[r#"{"content":"once"}"#])]),
+    ));
+    app.upstream.will_say("Done.");
+    let id = app.task("t", json!({})).await;
+    eventually("it is at work", async || app.upstream.asked().len() == 1).await;
+    let described = app.patch(&format!("/v1/tasks/{id}"), json!({"description": "Else"}));
+    assert_eq!(answer(described).await.0, 200);
+    app.stop.cancel();
+    let mut someone = PgConnection::connect(&app.database_url).await.unwrap();
+    sqlx::raw_sql("begin; select from production.memories for update")
+        .execute(&mut someone)
+        .await
+        .unwrap();
+    let elsewhere = app.another_process().await;
+    let mut database = PgConnection::connect(&app.database_url).await.unwrap();
+    eventually("the call is begun and waits", async || {
+        waiting(&mut database).await == 1
+    })
+    .await;
+    let under_way: Option<String> =
+        sqlx::query_scalar("select under_way from production.steps where number = 0")
+            .fetch_one(&mut database)
+            .await
+            .unwrap();
+    assert_eq!(under_way.as_deref(), Some("c1"));
+    sqlx::raw_sql("commit").execute(&mut someone).await.unwrap();
+    done_elsewhere(&app, &elsewhere, &id).await;
+    // The run is told what it was told in the beginning.
+    let asked = app.upstream.asked();
+    assert_eq!(last_text(&asked[1], "user"), "Do t");
 }

@@ -311,6 +311,19 @@ async fn the_memory_tools_read_add_and_replace_in_both_memories() {
             "256 KiB",
         ),
         (
+            "memory_save",
+            json!({"scope": "shared", "content": "a".repeat(200 * 1024)}),
+            "completed",
+            "Saved.",
+        ),
+        (
+            // More than Postgres could hold in memory.
+            "memory_update",
+            json!({"scope": "shared", "find": "a", "replace": "b".repeat(8 * 1024)}),
+            "error",
+            "256 KiB",
+        ),
+        (
             "memory_append",
             json!({"content": "a\u{0}b"}),
             "completed",

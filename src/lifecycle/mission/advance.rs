@@ -74,12 +74,7 @@ async fn taken_up_again(
         withdraw(tx, &mut mission, Withdrawn::For(place.run, *gate)).await?;
     }
     if run.ended_at.is_some() {
-        let newest = mission.execution_count == place.run;
-        let waits = matches!(
-            mission.status(),
-            Status::Failed | Status::Recurring | Status::Scheduled
-        );
-        if !newest || !waits {
+        if !can_be_opened(&run, &mission) {
             return Err(LifecycleError::Conflict(format!(
                 "This task belongs to a run of the mission \"{}\", which is `{}`, that is over. Execute the mission again.",
                 mission.name,
@@ -99,6 +94,25 @@ async fn taken_up_again(
     tell_withdrawn(&mut mission, withdrawn);
     tx.save_mission(&mut mission).await?;
     reach(tx, db, &run, Some(task.id)).await
+}
+
+/// Whether a run that has ended can go on: the newest of a mission that waits for what comes next.
+fn can_be_opened(run: &MissionRunRow, mission: &Mission) -> bool {
+    let waits = matches!(
+        mission.status(),
+        Status::Failed | Status::Recurring | Status::Scheduled
+    );
+    waits && mission.execution_count == run.place.run
+}
+
+/// Whether the run at this place goes on, or can.
+///
+/// # Errors
+/// When the database refuses.
+pub(in super::super) async fn is_open(tx: &mut ProjectTx, place: Place) -> Result<bool> {
+    let run = tx.lock_mission_run(place).await?;
+    let mission = tx.lock_mission(place.mission).await?;
+    Ok(run.ended_at.is_none() || can_be_opened(&run, &mission))
 }
 
 /// A run that had ended goes on, from where its barriers stand.

@@ -196,7 +196,7 @@ pub(in super::super) async fn approve(
 ) -> std::result::Result<ApprovalRow, NotResolved> {
     let mut tx = db.begin();
     let mut held = Held::of(&mut tx, asked, mission).await?;
-    let row = resolve(&mut tx, db, asked.id, "approved", by, note).await?;
+    let row = resolve(&mut tx, asked.id, "approved", by, note).await?;
     let told = json!({"requestId": row.id, "status": "approved", "resolvedBy": by});
     held.mission.tell("approval:resolved", told);
     go_on(&mut tx, db, held, &row).await?;

@@ -22,8 +22,8 @@ mod finish;
 mod gate;
 mod steer;
 
-pub(super) use advance::follow;
 pub use advance::{delay_over, tasks_removed};
+pub(super) use advance::{follow, is_open};
 pub use define::{MissionChange, NewMission, create, edit, update};
 pub(super) use execute::{Begun, Occasion, begin_run};
 pub use execute::{Execution, execute, launch};

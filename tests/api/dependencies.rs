@@ -1,0 +1,181 @@
+//! Tasks that need others (contract 2.6.4).
+
+use std::time::Duration;
+
+use serde_json::json;
+
+use crate::harness::{Reply, TestApp, answer, eventually, last_text, said};
+use crate::tasks::{names, start};
+
+#[tokio::test]
+async fn a_diamond_of_tasks_runs_in_order_by_id_and_by_title() {
+    let app = start().await;
+    app.upstream
+        .answers(|request| Reply::Stream(said(&last_text(request, "user"))));
+    let top = app.task("top", json!({"draft": true})).await;
+    let left = app.task("left", json!({"dependsOn": [top]})).await;
+    let right = app.task("right", json!({"dependsOn": ["top"]})).await;
+    let bottom = app
+        .task("bottom", json!({"dependsOn": ["left", right]}))
+        .await;
+    assert_eq!(app.read(&left).await["status"], "pending");
+    answer(app.post(&format!("/v1/tasks/{top}/queue"), json!({}))).await;
+    app.until(&bottom, "done").await;
+    let asked: Vec<String> = app
+        .upstream
+        .asked()
+        .iter()
+        .map(|request| last_text(request, "user"))
+        .collect();
+    assert_eq!(
+        (asked[0].as_str(), asked[3].as_str()),
+        ("Do top", "Do bottom")
+    );
+    assert_eq!(asked.len(), 4);
+}
+
+#[tokio::test]
+async fn what_needs_a_failed_task_gets_a_verdict() {
+    for (verdict, expected) in [
+        (
+            json!({"action": "absorb", "reason": "r", "description": "Do it alone"}).to_string(),
+            "done",
+        ),
+        (
+            json!({"action": "retry", "reason": "r", "description": ""}).to_string(),
+            "done",
+        ),
+        (
+            json!({"action": "fail", "reason": "no use", "description": ""}).to_string(),
+            "failed",
+        ),
+        ("Hm.".to_owned(), "failed"),
+    ] {
+        let app = start().await;
+        answer(app.patch("/v1/config", json!({"orchestratorModel": "openai:decider"}))).await;
+        let given = verdict.clone();
+        app.upstream.answers(move |request| {
+            if request["model"] == "decider" {
+                Reply::Stream(said(&given))
+            } else {
+                Reply::Stream(said("Done."))
+            }
+        });
+        let first = app.task("first", json!({"draft": true})).await;
+        let second = app.task("second", json!({"dependsOn": [first]})).await;
+        answer(app.post(&format!("/v1/tasks/{first}/kill"), json!({}))).await;
+        let task = app.until(&second, expected).await;
+        let told = names(&app, "deadlock:*").await;
+        assert!(told.contains(&"deadlock:detected".to_owned()), "{told:?}");
+        if verdict.contains("absorb") {
+            assert_eq!(task["description"], "Do it alone");
+        }
+        if expected == "failed" {
+            assert!(
+                told.contains(&"deadlock:unresolvable".to_owned()),
+                "{told:?}"
+            );
+        }
+    }
+    // What it needs is gone.
+    let app = start().await;
+    let first = app.task("first", json!({"draft": true})).await;
+    let second = app.task("second", json!({"dependsOn": ["first"]})).await;
+    answer(app.delete(&format!("/v1/tasks/{first}"))).await;
+    let failed = app.until(&second, "failed").await;
+    assert!(
+        failed["result"]["cause"]
+            .as_str()
+            .unwrap()
+            .contains("not there"),
+        "{failed}"
+    );
+}
+
+#[tokio::test]
+async fn a_need_that_cannot_be_tried_again_is_asked_about_once() {
+    let app = start().await;
+    answer(app.patch("/v1/config", json!({"orchestratorModel": "openai:decider"}))).await;
+    let verdict = json!({"action": "retry", "reason": "r", "description": ""}).to_string();
+    app.upstream
+        .answers(move |_| Reply::Slow(Duration::from_millis(400), said(&verdict)));
+    let first = app.task("first", json!({"draft": true})).await;
+    let second = app.task("second", json!({"dependsOn": [first]})).await;
+    answer(app.post(&format!("/v1/tasks/{first}/kill"), json!({}))).await;
+    eventually("the orchestrator is asked", async || {
+        app.upstream.asked().len() == 1
+    })
+    .await;
+    // Its title is another's before it can come back.
+    app.task("first", json!({"draft": true})).await;
+    let failed = app.until(&second, "failed").await;
+    assert!(
+        failed["result"]["cause"]
+            .as_str()
+            .unwrap()
+            .contains("cannot be tried again"),
+        "{failed}"
+    );
+    assert_eq!(app.upstream.asked().len(), 1);
+}
+
+/// A server whose orchestrator gives this verdict about tasks that cannot begin, and whose agents stay at theirs.
+async fn with_verdict(verdict: &'static str) -> TestApp {
+    let app = start().await;
+    answer(app.patch("/v1/config", json!({"orchestratorModel": "openai:decider"}))).await;
+    app.upstream.answers(move |request| {
+        if request["model"] == "decider" {
+            let verdict = json!({"action": verdict, "reason": "r", "description": "Do it alone"});
+            Reply::Stream(said(&verdict.to_string()))
+        } else if last_text(request, "user").contains("stay") {
+            Reply::Hang(vec![])
+        } else {
+            Reply::Stream(said("Done."))
+        }
+    });
+    app
+}
+
+#[tokio::test]
+async fn a_task_that_is_failed_by_hand_while_it_runs_leaves_nobody_waiting() {
+    let app = with_verdict("absorb").await;
+    let first = app.task("stay", json!({})).await;
+    let second = app.task("second", json!({"dependsOn": [first]})).await;
+    app.until(&first, "in_progress").await;
+    let failed = app.patch(&format!("/v1/tasks/{first}"), json!({"status": "failed"}));
+    assert_eq!(answer(failed).await.0, 200);
+    app.until(&second, "done").await;
+}
+
+#[tokio::test]
+async fn a_need_in_a_mission_that_is_over_cannot_be_tried_again() {
+    let app = with_verdict("retry").await;
+    let tasks = json!([{"title": "stay", "description": "stay", "assignTo": "noor"}]);
+    let mission = app.mission("over", json!({"tasks": tasks})).await;
+    assert_eq!(app.execute(&mission).await.0, 200);
+    let inside = answer(app.get(&format!("/v1/tasks?group={mission}")))
+        .await
+        .1;
+    let outside = app
+        .task("outside", json!({"dependsOn": [inside[0]["id"]]}))
+        .await;
+    answer(app.post(&format!("/v1/missions/{mission}/abort"), json!({}))).await;
+    let failed = app.until(&outside, "failed").await;
+    let cause = failed["result"]["cause"].as_str().unwrap();
+    assert!(cause.contains("cannot be tried again"), "{cause}");
+    let asked = app.upstream.asked();
+    let verdicts = asked.iter().filter(|asked| asked["model"] == "decider");
+    assert_eq!(verdicts.count(), 1);
+}
+
+#[tokio::test]
+async fn a_need_is_tried_again_whatever_tasks_of_missions_are_called() {
+    let app = with_verdict("retry").await;
+    let first = app.task("first", json!({"draft": true})).await;
+    let tasks = json!([{"title": "first", "description": "stay", "assignTo": "noor"}]);
+    let mission = app.mission("alike", json!({"tasks": tasks})).await;
+    assert_eq!(app.execute(&mission).await.0, 200);
+    let second = app.task("second", json!({"dependsOn": [first]})).await;
+    answer(app.post(&format!("/v1/tasks/{first}/kill"), json!({}))).await;
+    app.until(&second, "done").await;
+}
