@@ -238,11 +238,7 @@ async fn summarize(
             format!("Summary so far: {summary}\n\nWhat followed:\n\n{piece}")
         };
         let (said, usage) = ask(provider, request, text).await?;
-        used.prompt_tokens += usage.prompt_tokens;
-        used.completion_tokens += usage.completion_tokens;
-        used.cached_tokens += usage.cached_tokens;
-        used.reasoning_tokens += usage.reasoning_tokens;
-        used.estimated |= usage.estimated;
+        used += usage;
         if said.trim().is_empty() {
             return Ok(None);
         }

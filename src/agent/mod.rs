@@ -31,6 +31,8 @@ pub enum TurnEvent {
     /// More of the answer, as the model says it. Never [`ModelEvent::Finished`], and of tool calls only the
     /// caller's, counted from 0 among themselves.
     Delta(ModelEvent),
+    /// The words that come next follow others, said before a tool was called: they are a paragraph of their own.
+    Paragraph,
     /// A tool of the server comes further.
     Tool(ToolUse),
     /// The answer so far does not count: the model is asked once more.
@@ -150,7 +152,7 @@ pub fn turn(
                     answer.push(&event);
                     if follows && matches!(event, ModelEvent::Text(_)) {
                         follows = false;
-                        yield TurnEvent::Delta(ModelEvent::Text("\n\n".to_owned()));
+                        yield TurnEvent::Paragraph;
                     }
                     if let Some(event) = places.route(event) {
                         yield event;

@@ -198,6 +198,7 @@ async fn listen(
                 progress.answer.push(&delta);
                 Said::Delta(delta)
             }
+            Some(Ok(TurnEvent::Paragraph)) => Said::Delta(ModelEvent::Text("\n\n".to_owned())),
             Some(Ok(TurnEvent::Tool(tool))) => {
                 progress.note(&tool);
                 Said::Tool(tool)
@@ -250,7 +251,10 @@ async fn conclude(turn: &Turn, outcome: Outcome, progress: Progress, sender: &mp
     let usage = progress
         .steps
         .iter()
-        .fold(Usage::default(), |sum, step| add(sum, step.usage));
+        .fold(Usage::default(), |mut sum, step| {
+            sum += step.usage;
+            sum
+        });
     let reason = progress
         .steps
         .last()
@@ -378,16 +382,6 @@ fn calls(model: &str, progress: &Progress, status: RunStatus) -> Vec<CallUsage> 
             estimated: usage.estimated,
         })
         .collect()
-}
-
-fn add(a: Usage, b: Usage) -> Usage {
-    Usage {
-        prompt_tokens: a.prompt_tokens + b.prompt_tokens,
-        completion_tokens: a.completion_tokens + b.completion_tokens,
-        cached_tokens: a.cached_tokens + b.cached_tokens,
-        reasoning_tokens: a.reasoning_tokens + b.reasoning_tokens,
-        estimated: a.estimated || b.estimated,
-    }
 }
 
 /// One token per four bytes, the rule of thumb that contract 2.1.6 names.

@@ -5,7 +5,7 @@ use serde_json::json;
 
 use super::approve::request_approval;
 use super::{LifecycleError, NOW, Result, next_look};
-use crate::store::{Job, ProjectDb, StoreError};
+use crate::store::{Job, Need, ProjectDb, StoreError};
 use crate::task::{Bypass, Document, Gate, Hook, Status, Task};
 
 /// A task to be made.
@@ -76,10 +76,7 @@ pub async fn create(db: &ProjectDb, new: NewTask) -> Result<Task> {
     }
     task.tell_created();
     let waits = gated.is_none() && task.status() == Status::Pending;
-    let hopeless = waits
-        && needs
-            .iter()
-            .any(|need| matches!(need.status, None | Some(Status::Failed)));
+    let hopeless = waits && needs.iter().any(Need::is_hopeless);
     let owed = waits && needs.iter().all(|need| need.status == Some(Status::Done));
     if gated.is_none() && ids.is_empty() {
         tx.create_task_last(&mut task, owed);

@@ -8,7 +8,7 @@ use super::finish::end_abruptly;
 use super::{LifecycleError, NOW, Result, locked, owe, renew_deadline, save};
 use crate::event::Event;
 use crate::ids::{self, Id};
-use crate::store::{Job, ProjectDb, ProjectTx, RunStatus, StoreError, TaskFilter};
+use crate::store::{Job, Need, ProjectDb, ProjectTx, RunStatus, StoreError, TaskFilter};
 use crate::task::{Bypass, EndReason, Expectation, Gate, Hook, Phase, Status, Task};
 
 /// A change to a task; `None` leaves a field as it is.
@@ -51,10 +51,7 @@ async fn owe_if_ready(tx: &mut ProjectTx, task: &Task) -> Result<()> {
     let unmet = tx.unmet_needs(task.id).await?;
     if unmet.is_empty() {
         owe(tx, task, NOW).await
-    } else if unmet
-        .iter()
-        .any(|need| matches!(need.status, None | Some(Status::Failed)))
-    {
+    } else if unmet.iter().any(Need::is_hopeless) {
         tx.enqueue(Job::Blocked(task.id), 1.0, NOW).await?;
         Ok(())
     } else {

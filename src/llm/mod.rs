@@ -298,6 +298,16 @@ pub struct Usage {
     pub estimated: bool,
 }
 
+impl std::ops::AddAssign for Usage {
+    fn add_assign(&mut self, more: Self) {
+        self.prompt_tokens += more.prompt_tokens;
+        self.completion_tokens += more.completion_tokens;
+        self.cached_tokens += more.cached_tokens;
+        self.reasoning_tokens += more.reasoning_tokens;
+        self.estimated |= more.estimated;
+    }
+}
+
 /// How many tokens a model can read, by its name; a cautious number for those we do not know.
 pub fn context_window(model: &str) -> u64 {
     let bare = model.rsplit([':', '/']).next().unwrap_or(model);

@@ -84,7 +84,7 @@ pub const SUSPENDED: &str = "/suspended";
 pub const SWITCHED_OFF: &str = "/scheduler-off";
 
 impl Job {
-    /// The id of what it is about: of a task, or of an approval.
+    /// The id of what it is about: a task, a request, a barrier, a mission, a schedule or a webhook.
     pub fn subject(self) -> Uuid {
         self.columns().1
     }
@@ -636,7 +636,8 @@ impl ProjectTx {
         held(done.rows_affected())
     }
 
-    /// Lays a task's job aside until a place of `whose` is free: an agent's by its name, or the project's (`""`).
+    /// Lays a job aside until whoever knows of it wakes it: for a place of an agent's (by its name) or of the project's (`""`), or under what holds it
+    /// up, as [`SUSPENDED`].
     ///
     /// # Errors
     /// [`StoreError::LeaseLost`].

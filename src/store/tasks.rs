@@ -36,6 +36,13 @@ pub struct Need {
     pub title: Option<String>,
 }
 
+impl Need {
+    /// Whether it can only be done if someone does something about it: it has failed, or is not there any more.
+    pub fn is_hopeless(&self) -> bool {
+        matches!(self.status, None | Some(Status::Failed))
+    }
+}
+
 /// A task that was removed.
 #[derive(Debug, Clone, Copy)]
 pub struct DeletedTask {

@@ -6,12 +6,14 @@ use async_trait::async_trait;
 use futures::StreamExt;
 use serde_json::Value;
 
-use super::record::without_nul;
+use super::record::{call_usage, without_nul};
 use super::task::named_model;
 use super::{Held, Result, WorkError};
 use crate::agent::{self, Course, OutputFormat, Repair, Toolbox, TurnError, TurnEvent};
 use crate::ids::{self, Id};
-use crate::llm::{Message, ModelRequest, Part, ProviderError, ResponseFormat, Tool, ToolCall};
+use crate::llm::{
+    Message, ModelRequest, Part, ProviderError, ResponseFormat, Tool, ToolCall, Usage,
+};
 use crate::store::{CallUsage, Topic};
 
 /// A judge has no tools yet.
@@ -123,7 +125,7 @@ pub(super) async fn pose(held: &Held, question: Question<'_>) -> Result<Answer> 
     let course = Course::chat(format, Repair::Once);
     let mut turn = std::pin::pin!(agent::turn(provider, request, course, Arc::new(NoTools)));
     let mut text = String::new();
-    let mut used: Option<CallUsage> = None;
+    let mut used: Option<Usage> = None;
     loop {
         let event = tokio::select! {
             event = turn.next() => event,
@@ -143,19 +145,7 @@ pub(super) async fn pose(held: &Held, question: Question<'_>) -> Result<Answer> 
         match event {
             Some(Ok(TurnEvent::Step(step))) => {
                 text = without_nul(step.message.text().unwrap_or_default());
-                let usage = used.get_or_insert_with(|| CallUsage {
-                    model: name.clone(),
-                    prompt_tokens: 0,
-                    completion_tokens: 0,
-                    cached_tokens: 0,
-                    reasoning_tokens: 0,
-                    estimated: false,
-                });
-                usage.prompt_tokens += step.usage.prompt_tokens;
-                usage.completion_tokens += step.usage.completion_tokens;
-                usage.cached_tokens += step.usage.cached_tokens;
-                usage.reasoning_tokens += step.usage.reasoning_tokens;
-                usage.estimated |= step.usage.estimated;
+                *used.get_or_insert_default() += step.usage;
             }
             Some(Ok(_)) => {}
             Some(Err(TurnError::Provider(ProviderError::NotPermitted))) => {
@@ -164,13 +154,13 @@ pub(super) async fn pose(held: &Held, question: Question<'_>) -> Result<Answer> 
             Some(Err(error)) => {
                 return Ok(Answer {
                     text: Err(without_nul(&error.to_string())),
-                    usage: used,
+                    usage: used.map(|used| call_usage(&name, used)),
                 });
             }
             None => {
                 return Ok(Answer {
                     text: Ok(text),
-                    usage: used,
+                    usage: used.map(|used| call_usage(&name, used)),
                 });
             }
         }

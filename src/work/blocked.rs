@@ -66,9 +66,7 @@ pub(super) async fn resolve(held: &Held, id: Id<ids::Task>) -> Result<()> {
     }
     tx.complete(&held.lease).await?;
     let unmet = tx.unmet_needs(id).await?;
-    let hopeless = unmet
-        .iter()
-        .any(|need| matches!(need.status, None | Some(Status::Failed)));
+    let hopeless = unmet.iter().any(Need::is_hopeless);
     if task.status() == Status::Pending && unmet.is_empty() && !task.held {
         tx.enqueue(
             Job::Task(id),

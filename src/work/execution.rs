@@ -1,4 +1,4 @@
-//! A run of a task: the agent loop of a chat turn, with every finished step on record before the next begins.
+//! A run of a task: the agent loop of a chat turn, with every finished step on record before anything happens that could be noticed.
 
 use std::pin::pin;
 use std::sync::Arc;

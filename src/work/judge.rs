@@ -249,13 +249,12 @@ async fn assess(
         .result
         .as_ref()
         .map_or(0, |result| result.assessment_history.len());
+    let name = json!(trigger);
+    let name = name.as_str().unwrap_or_default();
+    let round = |attempt| format!("{name}-{history}-{attempt}");
     let mut attempt = 0;
     let mut verdict = loop {
-        let round = format!(
-            "{}-{history}-{attempt}",
-            json!(trigger).as_str().unwrap_or_default()
-        );
-        let verdict = sit(held, &task, run, round, &model, trigger).await?;
+        let verdict = sit(held, &task, run, round(attempt), &model, trigger).await?;
         if !verdict.is_empty_handed() || attempt >= settings.max_assessment_retries {
             break verdict;
         }
@@ -272,11 +271,15 @@ async fn assess(
         )
         .await?;
         // The reviewers' words stand; what they are measured by has changed.
-        let round = format!(
-            "{}-{history}-{attempt}",
-            json!(trigger).as_str().unwrap_or_default()
-        );
-        verdict = sit(held, &task, run, round, &model, Trigger::AutoCorrect).await?;
+        verdict = sit(
+            held,
+            &task,
+            run,
+            round(attempt),
+            &model,
+            Trigger::AutoCorrect,
+        )
+        .await?;
     }
     Ok((task, verdict))
 }

@@ -86,7 +86,7 @@ impl<'a> Recorder<'a> {
                 self.said.push_str(&text);
                 Ok(false)
             }
-            TurnEvent::Delta(_) | TurnEvent::Restarted => Ok(false),
+            TurnEvent::Delta(_) | TurnEvent::Paragraph | TurnEvent::Restarted => Ok(false),
             TurnEvent::Step(step) => self.note_step(step).await,
             TurnEvent::Tool(tool) => self.note_tool(tool).await,
             TurnEvent::Compacted(compaction) => {
@@ -152,14 +152,7 @@ impl<'a> Recorder<'a> {
     }
 
     fn usage(&self, usage: Usage) -> CallUsage {
-        CallUsage {
-            model: self.model.clone(),
-            prompt_tokens: usage.prompt_tokens,
-            completion_tokens: usage.completion_tokens,
-            cached_tokens: usage.cached_tokens,
-            reasoning_tokens: usage.reasoning_tokens,
-            estimated: usage.estimated,
-        }
+        call_usage(&self.model, usage)
     }
 
     /// Keeps a step to be recorded, with the intent to begin the next call.
@@ -246,6 +239,18 @@ impl<'a> Recorder<'a> {
             self.written = self.said.len();
             self.written_at = Some(Instant::now());
         }
+    }
+}
+
+/// What a model's calls used, as it is stored.
+pub(super) fn call_usage(model: &str, usage: Usage) -> CallUsage {
+    CallUsage {
+        model: model.to_owned(),
+        prompt_tokens: usage.prompt_tokens,
+        completion_tokens: usage.completion_tokens,
+        cached_tokens: usage.cached_tokens,
+        reasoning_tokens: usage.reasoning_tokens,
+        estimated: usage.estimated,
     }
 }
 

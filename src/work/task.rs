@@ -11,7 +11,7 @@ use crate::app::{self, ModelError};
 use crate::ids::{self, Id};
 use crate::lifecycle::{self, Aftermath, complete};
 use crate::llm::Provider;
-use crate::store::{AgentRow, Job, ProjectDb, ProjectTx, StoreError};
+use crate::store::{AgentRow, Job, Need, ProjectDb, ProjectTx, StoreError};
 use crate::task::{
     Bypass, EndReason, Gate, Hook, Phase, Settings, Status, Task, TaskResult, backoff,
 };
@@ -146,10 +146,7 @@ async fn start(
             unmet = tx.unmet_needs(task.id).await?;
         }
         if !unmet.is_empty() {
-            let hopeless = unmet
-                .iter()
-                .any(|need| matches!(need.status, None | Some(Status::Failed)));
-            if hopeless {
+            if unmet.iter().any(Need::is_hopeless) {
                 tx.enqueue(Job::Blocked(task.id), 1.0, Duration::ZERO)
                     .await?;
             }

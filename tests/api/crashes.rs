@@ -60,6 +60,7 @@ impl Fleet {
         turns: usize,
         role: &'static str,
     ) -> Self {
+        let _ = rustls::crypto::ring::default_provider().install_default();
         let upstream = slow_upstream(turns).await;
         let mut fleet = Self {
             database_url,
@@ -455,6 +456,8 @@ async fn a_database_that_stops_and_starts_under_load_loses_nothing() {
         cluster = Some(again);
     }
     fleet.settle(12, 12).await;
+    // What was on its way while the database was away was waited for, and nobody took it over.
+    assert_eq!(fleet.upstream.asked().len(), 12 * 13);
     drop(fleet);
     cluster.unwrap().stop().await.unwrap();
 }

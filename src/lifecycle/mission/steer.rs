@@ -95,16 +95,14 @@ pub async fn resume_checkpoint(db: &ProjectDb, id: Id<ids::Mission>, name: &str)
         ))
     };
     let place = newest(&mission, "resumed").map_err(|_| missing())?;
+    let missing = missing();
     let (run, mut mission) = hold(&mut tx, place).await?;
     let reached = tx.reached_barriers(place).await?;
     let mut found = reached
         .into_iter()
         .filter(|barrier| barrier.list == BarrierList::Checkpoints && barrier.name == name);
     let Some(mut barrier) = found.next().filter(|_| run.ended_at.is_none()) else {
-        return Err(LifecycleError::Missing(format!(
-            "Mission \"{}\" does not wait at a checkpoint \"{name}\". GET /v1/missions/checkpoints lists those that are reached.",
-            mission.name
-        )));
+        return Err(missing);
     };
     pass(&mut tx, &mut mission, &mut barrier, json!({})).await?;
     go_on_if_nothing_pauses(&mut tx, &run, &mut mission).await?;
