@@ -646,6 +646,42 @@ impl ProjectTx {
         Ok(count)
     }
 
+    /// How many others are about to ask for a place and have a better claim to it, by priority and then by age: an agent's tasks, or all. At most
+    /// `most` are counted.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn tasks_ahead(
+        &mut self,
+        agent: Option<&str>,
+        task: Id<ids::Task>,
+        most: i64,
+    ) -> Result<i64> {
+        let count = sqlx::query_scalar!(
+            r#"with this as (
+                select priority, created_at from jobs where project_id = $1 and kind = 'task' and subject = $2
+            ), asking as (
+                select subject, priority, created_at from jobs where project_id = $1 and kind = 'task' and ready
+                union all
+                select subject, priority, created_at from jobs where project_id = $1 and kind = 'task' and holder is not null
+            ), ahead as (
+                select from this
+                join asking a on a.priority > this.priority or (a.priority = this.priority and a.created_at < this.created_at)
+                join tasks t on t.project_id = $1 and t.id = a.subject
+                where t.status = 'pending' and not t.held and ($3::text is null or t.assign_to = $3) and t.id <> $2
+                limit $4
+            )
+            select count(*) as "count!" from ahead"#,
+            self.db.project,
+            task.uuid(),
+            agent,
+            most
+        )
+        .fetch_one(self.open().await?)
+        .await?;
+        Ok(count)
+    }
+
     /// Whether an agent has tasks that are not finished.
     ///
     /// # Errors

@@ -346,17 +346,27 @@ async fn occupied(
     if let Some(most) = most {
         // Held until the commit, so that two cannot take the last place.
         tx.lock_agent(&agent.name).await?;
-        if tx.active_tasks(Some(&agent.name), task.id).await? >= most {
+        if is_taken(tx, task, Some(&agent.name), most).await? {
             return Ok(Some(agent.name.clone()));
         }
     }
     if let Some(most) = settings.max_concurrency {
         tx.lock_settings().await?;
-        if tx.active_tasks(None, task.id).await? >= i64::from(most) {
+        if is_taken(tx, task, None, i64::from(most)).await? {
             return Ok(Some(String::new()));
         }
     }
     Ok(None)
+}
+
+/// Whether none of an agent's places, or of the project's, is left for a task. Those who were claimed together come here in any order; the last
+/// places are for those with the better claim, who are on their way, and who wake the next if they do not use them.
+async fn is_taken(tx: &mut ProjectTx, task: &Task, agent: Option<&str>, most: i64) -> Result<bool> {
+    let free = most - tx.active_tasks(agent, task.id).await?;
+    if free <= 0 || task.status() != Status::Pending {
+        return Ok(free <= 0);
+    }
+    Ok(tx.tasks_ahead(agent, task.id, free).await? >= free)
 }
 
 /// Neither a retry nor a review helps a task whose agent or model does not exist (contract 2.6.3).

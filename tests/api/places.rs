@@ -1,7 +1,6 @@
 //! Places: how many tasks an agent and a project have at once, and that whoever waits for one gets it.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use polpo::store::{Topic, World};
@@ -390,9 +389,23 @@ impl Uncommitted {
     }
 }
 
+/// In which order the tasks of an app began.
+async fn begun(app: &TestApp) -> Vec<String> {
+    let spawned = app.events("agent:spawned").await;
+    let titles = spawned.iter().map(|(_, payload)| &payload["taskTitle"]);
+    titles
+        .map(|title| title.as_str().unwrap().to_owned())
+        .collect()
+}
+
 #[tokio::test]
 async fn who_waits_for_a_place_gets_it_by_priority_and_then_by_age() {
-    for whose in ["agent", "project"] {
+    for (whose, waits) in [
+        ("agent", "for its end"),
+        ("project", "for its end"),
+        ("agent", "for it"),
+        ("project", "for it"),
+    ] {
         let app = TestApp::start_with(&[]).await;
         app.agent("noor").await;
         let limit = json!({"maxConcurrency": 1});
@@ -400,10 +413,8 @@ async fn who_waits_for_a_place_gets_it_by_priority_and_then_by_age() {
             "agent" => answer(app.patch("/v1/agents/noor", limit)).await,
             _ => answer(app.patch("/v1/config", limit)).await,
         };
-        let free = Arc::new(AtomicBool::new(false));
-        let is_free = free.clone();
         app.upstream.answers(move |request| {
-            if last_text(request, "user").contains("first") && !is_free.load(Ordering::Relaxed) {
+            if last_text(request, "user").contains("first") {
                 Reply::Slow(Duration::from_millis(1_000), said("Done."))
             } else {
                 Reply::Stream(said("Done."))
@@ -411,25 +422,26 @@ async fn who_waits_for_a_place_gets_it_by_priority_and_then_by_age() {
         });
         let first = app.task("first", json!({})).await;
         app.until(&first, "in_progress").await;
+        let needs = match waits {
+            // All become ready in one commit, and are claimed together.
+            "for it" => json!([first]),
+            _ => json!([]),
+        };
         let mut tasks = Vec::new();
         for priority in [6, 1, 5, 2, 5, 4, 3] {
             let title = format!("t{} {priority}", tasks.len());
-            tasks.push(app.task(&title, json!({"priority": priority})).await);
+            let others = json!({"priority": priority, "dependsOn": needs});
+            tasks.push(app.task(&title, others).await);
         }
-        free.store(true, Ordering::Relaxed);
         for task in &tasks {
             app.until(task, "done").await;
         }
-        let spawned = app.events("agent:spawned").await;
-        let order: Vec<&str> = spawned
-            .iter()
-            .skip(1)
-            .map(|(_, payload)| payload["taskTitle"].as_str().unwrap_or_default())
-            .collect();
         assert_eq!(
-            order,
-            ["t0 6", "t2 5", "t4 5", "t5 4", "t6 3", "t3 2", "t1 1"],
-            "{whose}"
+            begun(&app).await,
+            [
+                "first", "t0 6", "t2 5", "t4 5", "t5 4", "t6 3", "t3 2", "t1 1"
+            ],
+            "{whose}'s place, waiting {waits}"
         );
     }
 }
