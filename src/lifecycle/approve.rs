@@ -4,13 +4,13 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::finish::{ESCALATION, fallback, give_up};
-use super::{LifecycleError, NOW, Result, locked, mission, owe, save, settle};
+use super::finish::{ESCALATION, complete, fallback, give_up, wait_for_person};
+use super::{LifecycleError, NOW, Result, locked, mission, owe, save};
 use crate::ids::{self, Approval, Id};
 use crate::store::{
     ApprovalRow, Job, Lease, NewApproval, ProjectDb, ProjectTx, StoreError, Waiting,
 };
-use crate::task::{Gate, Hook, ON_TIMEOUT, Phase, Status, Task};
+use crate::task::{Gate, Hook, ON_TIMEOUT, Phase, Settings, Status, Task};
 
 /// Why a request was not answered.
 #[derive(Debug, thiserror::Error)]
@@ -127,10 +127,12 @@ async fn go_on(
     }
     answer_escalation(tx, task, row, "approved").await?;
     task.document.passed_gates.push(row.gate_id.clone());
+    let settings = db.settings().await?;
     if row.hook == Hook::TaskComplete.as_str() {
-        task.go(Status::Done)?;
-        settle(tx, task).await?;
-        return save(tx, db, task).await;
+        return complete(tx, db, task, &settings).await.map(drop);
+    }
+    if let Some((gate, hook)) = next_gate(&settings, task, row) {
+        return wait_for_person(tx, db, task, gate, hook).await.map(drop);
     }
     if row.hook == Hook::QualitySla.as_str() {
         return go_on_overdue(tx, db, task).await;
@@ -155,6 +157,23 @@ async fn go_on(
     }
     owe(tx, task, NOW).await?;
     save(tx, db, task).await
+}
+
+/// The next gate at the same hook, where nobody else asks there again: whoever takes a task up asks before it begins and before it is judged.
+fn next_gate<'a>(
+    settings: &'a Settings,
+    task: &Task,
+    row: &ApprovalRow,
+) -> Option<(&'a Gate, Hook)> {
+    let (hook, data) = if row.hook == Hook::TaskCreate.as_str() {
+        (Hook::TaskCreate, json!({}))
+    } else if is_retry(row) {
+        let data = json!({"attempt": task.document.retries + 1, "reason": task.document.feedback});
+        (Hook::TaskRetry, data)
+    } else {
+        return None;
+    };
+    Gate::closed(&settings.approval_gates, hook, task, &data).map(|gate| (gate, hook))
 }
 
 /// An overdue task goes on as it was when it was stopped: from its last step, or waiting for its turn, or held.

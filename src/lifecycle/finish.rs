@@ -27,10 +27,10 @@ pub enum Aftermath {
     Rests,
 }
 
-/// Finishes a task whose work is good, unless a gate stands in its way.
+/// Finishes a task whose work is good, unless a gate stands in its way that nobody has opened yet: they are asked about one after the other.
 ///
 /// # Errors
-/// When the task is not in review, or the database refuses.
+/// When the task is neither in review nor waiting for this, or the database refuses.
 pub async fn complete(
     tx: &mut ProjectTx,
     db: &ProjectDb,
@@ -38,7 +38,7 @@ pub async fn complete(
     settings: &Settings,
 ) -> Result<Aftermath> {
     let data =
-        json!({"from": task.status(), "to": Status::Done, "outcomes": task.document.outcomes});
+        json!({"from": Status::Review, "to": Status::Done, "outcomes": task.document.outcomes});
     for hook in [Hook::TaskComplete, Hook::TaskTransition] {
         if let Some(gate) = Gate::closed(&settings.approval_gates, hook, task, &data) {
             return wait_for_person(tx, db, task, gate, Hook::TaskComplete).await;
@@ -65,7 +65,8 @@ pub(super) async fn wait_for_person(
     gate: &Gate,
     hook: Hook,
 ) -> Result<Aftermath> {
-    if task.go(Status::AwaitingApproval).is_err() {
+    let waits = task.status() == Status::AwaitingApproval;
+    if !waits && task.go(Status::AwaitingApproval).is_err() {
         task.bypass(Bypass::HandedToPerson);
     }
     request_approval(tx, task, gate, hook).await?;

@@ -183,17 +183,18 @@ async fn start(
         }
         return Ok(Next::Nothing);
     }
-    if task.status() == Status::Pending {
-        let data = json!({"from": Status::Pending, "to": Status::Assigned, "agent": agent.name});
-        for hook in [Hook::TaskSpawn, Hook::TaskTransition] {
-            if let Some(gate) = Gate::closed(&settings.approval_gates, hook, &task, &data) {
-                illegal(task.go(Status::AwaitingApproval))?;
-                lifecycle::request_approval(tx, &mut task, gate, hook).await?;
-                lifecycle::save(tx, db, &mut task).await?;
-                tx.complete(&held.lease).await?;
-                return Ok(Next::Nothing);
-            }
+    // Whoever was let through another gate is asked about at these all the same.
+    let data = json!({"from": Status::Pending, "to": Status::Assigned, "agent": agent.name});
+    for hook in [Hook::TaskSpawn, Hook::TaskTransition] {
+        if let Some(gate) = Gate::closed(&settings.approval_gates, hook, &task, &data) {
+            illegal(task.go(Status::AwaitingApproval))?;
+            lifecycle::request_approval(tx, &mut task, gate, hook).await?;
+            lifecycle::save(tx, db, &mut task).await?;
+            tx.complete(&held.lease).await?;
+            return Ok(Next::Nothing);
         }
+    }
+    if task.status() == Status::Pending {
         illegal(task.go(Status::Assigned))?;
     }
     let begun = spawn(tx, &mut task, &agent).await?;

@@ -254,10 +254,15 @@ async fn gates_stand_one_behind_the_other_in_their_order() {
     ]))
     .await;
     let id = app.task("work", json!({})).await;
-    let first = waiting(&app, &id).await;
-    assert_eq!(first["gateId"], "early");
-    // A yes at one gate of a hook lets the task through (contract 2.11: it becomes `assigned`).
-    decide(&app, &first, "approve", json!({})).await;
+    for expected in ["early", "late"] {
+        let mut request = Value::Null;
+        eventually("someone is asked", async || {
+            request = waiting(&app, &id).await;
+            request["gateId"] == expected
+        })
+        .await;
+        decide(&app, &request, "approve", json!({})).await;
+    }
     app.until(&id, "done").await;
 }
 
@@ -430,4 +435,41 @@ async fn many_answers_at_once_get_by_with_few_connections() {
     for (status, _) in futures::future::join_all(again).await {
         assert_eq!(status, 409);
     }
+}
+
+#[tokio::test]
+async fn every_gate_on_the_way_is_asked_about_once() {
+    let of = |hook: &str, id: &str| gate(hook, json!({"id": id}));
+    let app = with_gates(json!([
+        of("task:create", "editor"),
+        of("task:create", "lawyer"),
+        of("task:spawn", "budget"),
+        of("task:spawn", "safety"),
+        of("task:complete", "legal"),
+        of("task:complete", "finance"),
+    ]))
+    .await;
+    let id = app.task("work", json!({"sideEffects": true})).await;
+    for expected in [
+        "editor",
+        "lawyer",
+        "budget",
+        "safety",
+        "legal",
+        "finance",
+        "side-effects",
+    ] {
+        let mut request = Value::Null;
+        eventually("someone is asked", async || {
+            let path = format!("/v1/approvals?taskId={id}&status=pending");
+            request = answer(app.get(&path)).await.1[0].clone();
+            request["gateId"] == expected
+        })
+        .await;
+        assert_eq!(decide(&app, &request, "approve", json!({})).await.0, 200);
+    }
+    app.until(&id, "done").await;
+    assert_eq!(app.upstream.asked().len(), 1);
+    let told = app.events("approval:requested").await;
+    assert_eq!(told.len(), 7);
 }
