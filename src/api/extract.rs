@@ -72,6 +72,14 @@ async fn read_body<S: Send + Sync>(request: Request, state: &S) -> Result<Bytes,
 }
 
 fn parse<T: DeserializeOwned>(bytes: &Bytes) -> Result<T, ApiError> {
+    // serde would take an array for an object whose members are in their order.
+    if bytes.trim_ascii_start().first() == Some(&b'[') {
+        return Err(ApiError::BadRequest {
+            message: "The request cannot be read: a JSON object is expected, not an array."
+                .to_owned(),
+            param: None,
+        });
+    }
     axum::Json::from_bytes(bytes)
         .map(|axum::Json(value)| value)
         .map_err(|rejection: JsonRejection| ApiError::BadRequest {
@@ -121,7 +129,52 @@ fn cause(error: &dyn std::error::Error) -> String {
     while let Some(source) = innermost.source() {
         innermost = source;
     }
-    format!("The request cannot be read: {innermost}")
+    format!(
+        "The request cannot be read: {}",
+        plain(innermost.to_string())
+    )
+}
+
+/// What a parser says in Rust's words, in JSON's.
+fn plain(mut said: String) -> String {
+    for (rust, json) in [
+        ("expected u8", "expected a whole number from 0 to 255"),
+        ("expected u16", "expected a whole number, 0 or more"),
+        ("expected u32", "expected a whole number, 0 or more"),
+        ("expected u64", "expected a whole number, 0 or more"),
+        ("expected usize", "expected a whole number, 0 or more"),
+        ("expected i32", "expected a whole number"),
+        ("expected i64", "expected a whole number"),
+        ("expected f64", "expected a number"),
+        ("expected a sequence", "expected an array"),
+        ("expected a map", "expected an object"),
+        ("invalid type: sequence", "invalid type: array"),
+        ("invalid type: map", "invalid type: object"),
+        ("invalid type: unit", "invalid type: null"),
+        ("unknown variant", "unknown value"),
+        (
+            "invalid digit found in string",
+            "a whole number is expected",
+        ),
+    ] {
+        if said.contains(rust) {
+            said = said.replace(rust, json);
+        }
+    }
+    // `expected struct CreateTask with 8 elements`, `expected internally tagged enum Expectation`.
+    for kind in ["expected struct ", "expected internally tagged enum "] {
+        if let Some(at) = said.find(kind) {
+            let rest = &said[at + kind.len()..];
+            let name = rest.find(' ').unwrap_or(rest.len());
+            let after = &rest[name..];
+            let after = match after.strip_prefix(" with ") {
+                Some(counted) => counted.find(" at ").map_or("", |at| &counted[at..]),
+                None => after,
+            };
+            said = format!("{}expected an object{after}", &said[..at]);
+        }
+    }
+    said
 }
 
 impl<T: Serialize> IntoResponse for Json<T> {
@@ -257,5 +310,31 @@ impl<T: Serialize> IntoResponse for Listed<T> {
                 .insert(axum::http::header::LINK, link);
         }
         response
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_parser_says_is_said_in_the_words_of_json() {
+        for (said, expected) in [
+            (
+                "invalid type: string \"x\", expected u32 at line 1 column 9",
+                "invalid type: string \"x\", expected a whole number, 0 or more at line 1 column 9",
+            ),
+            (
+                "invalid type: integer `1`, expected struct CreateTask at line 1 column 1",
+                "invalid type: integer `1`, expected an object at line 1 column 1",
+            ),
+            (
+                "invalid length 1, expected struct Escalation with 2 elements at line 1 column 3",
+                "invalid length 1, expected an object at line 1 column 3",
+            ),
+            ("missing field `title`", "missing field `title`"),
+        ] {
+            assert_eq!(plain(said.to_owned()), expected);
+        }
     }
 }

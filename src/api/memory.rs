@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::agents::check_name;
 use super::error::{ApiError, ErrorBody};
 use super::extract::{Door, Json, Path};
+use crate::ids::{Agent, Id};
 use crate::store::{MEMORY_LIMIT, MemoryOwner, ProjectDb, StoreError};
 
 /// A memory.
@@ -67,7 +68,20 @@ pub async fn read_agent_memory(
     Door(db): Door,
     Path(name): Path<String>,
 ) -> Result<Json<MemoryView>, ApiError> {
+    let name = name_of(&db, name).await?;
     read(&db, Some(name)).await
+}
+
+/// An agent's name, where its id stands for it. A memory's agent need not exist.
+async fn name_of(db: &ProjectDb, name: String) -> Result<String, ApiError> {
+    if name.parse::<Id<Agent>>().is_err() {
+        return Ok(name);
+    }
+    match db.agent(&name).await {
+        Ok(agent) => Ok(agent.name.clone()),
+        Err(StoreError::NotFound) => Ok(name),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Replace what an agent remembers. The agent need not exist yet.
@@ -85,6 +99,7 @@ pub async fn save_agent_memory(
     Json(new): Json<SaveMemory>,
 ) -> Result<Json<Saved>, ApiError> {
     check_name("name", &name)?;
+    let name = name_of(&db, name).await?;
     save(&db, Some(name), &new.content).await
 }
 

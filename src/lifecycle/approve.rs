@@ -235,7 +235,7 @@ pub async fn reject(
     let most = u32::try_from(row.max_revisions).unwrap_or_default();
     if task.document.revision_count >= most {
         return Err(NotResolved::Conflict(format!(
-            "This task was rejected {most} times, the most that its gate allows. Approve it, or fail it."
+            "Its gate allows that a task is rejected {most} times, and that is used up. Approve it, or fail it."
         )));
     }
     task.document.revision_count += 1;

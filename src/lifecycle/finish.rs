@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use chrono::Utc;
 use serde_json::json;
 
 use super::approve::{request_approval, withdraw};
@@ -373,12 +374,36 @@ pub(super) async fn end_abruptly(
     interrupt(tx, task).await?;
     let before = task.document.result.take();
     let cause = (reason == EndReason::Error).then(|| sentence.to_owned());
-    task.document.result = Some(TaskResult::without_answer(reason, sentence, cause, before));
+    let said = before.as_ref().map(|result| result.stdout.clone());
+    let mut result = TaskResult::without_answer(reason, sentence, cause, before);
+    match task.status() {
+        // What is there stays there, though nobody says any more that it is good.
+        Status::Review | Status::AwaitingApproval => result.stdout = said.unwrap_or_default(),
+        Status::InProgress => {
+            if let Some(run) = task.run {
+                let since = tx.run_began(run).await?;
+                result.duration = since.map_or(0, |since| (Utc::now() - since).num_milliseconds());
+                tell_run_ended(task, run, &result);
+            }
+        }
+        _ => {}
+    }
+    task.document.result = Some(result);
     withdraw(tx, task).await?;
     task.bypass(Bypass::Stopped);
     settle(tx, task).await?;
     tx.call_off(Job::Blocked(task.id)).await?;
     save(tx, db, task).await
+}
+
+/// Tells that an agent's run of a task has come to its end, and with what.
+pub fn tell_run_ended(task: &mut Task, run: Id<ids::Run>, result: &TaskResult) {
+    let told = json!({
+        "agentName": task.assign_to, "exitCode": result.exit_code, "duration": result.duration,
+        "reason": result.reason, "runId": run, "sessionId": Id::<ids::Session>::from(run),
+    });
+    task.tell("agent:completed", told.clone());
+    task.tell("agent:finished", told);
 }
 
 impl Aftermath {

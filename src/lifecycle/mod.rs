@@ -25,7 +25,7 @@ pub use approve::{NotResolved, approve, expire, reject, request_approval, withdr
 pub use create::{NewTask, create};
 pub use finish::{
     Aftermath, ESCALATION, after_defect, after_failure, complete, escalate, hold_run,
-    stop_at_deadline, stop_for_person,
+    stop_at_deadline, stop_for_person, tell_run_ended,
 };
 pub use operate::{
     TaskChange, delete, delete_all, force_fail, kill, pause, queue, reassess, retry, run, update,

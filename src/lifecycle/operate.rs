@@ -168,7 +168,7 @@ async fn step(tx: &mut ProjectTx, db: &ProjectDb, task: &mut Task, to: Status) -
         }
         Status::Draft | Status::AwaitingApproval | Status::InProgress | Status::Review => {
             Err(LifecycleError::Conflict(format!(
-                "A task becomes `{to}` by the engine alone. Use run, pause, kill, retry or reassess."
+                "A task cannot be made `{to}` by hand. Use run, pause, kill, retry or reassess."
             )))
         }
     }

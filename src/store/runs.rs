@@ -288,6 +288,20 @@ impl ProjectTx {
         Ok(())
     }
 
+    /// When a run began, if it is on record.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn run_began(&mut self, run: Id<Run>) -> Result<Option<DateTime<Utc>>> {
+        Ok(sqlx::query_scalar!(
+            "select started_at from runs where project_id = $1 and id = $2",
+            self.db.project,
+            run.uuid()
+        )
+        .fetch_optional(self.open().await?)
+        .await?)
+    }
+
     /// Ends a run that has not ended, with its last step if that is not recorded yet. Written with the commit.
     pub fn end_run(&mut self, run: Id<Run>, status: RunStatus, last: Option<NewStep>) {
         self.closing.ended = Some(Box::new(EndedRun {

@@ -123,6 +123,9 @@ impl Expectation {
                 "an `llm_review` needs `criteria` or at least one of `dimensions`".to_owned(),
             );
         }
+        if !dimensions.is_empty() && dimensions.iter().all(|one| one.weight == 0.0) {
+            return Err("at least one of the `dimensions` needs a `weight` above 0".to_owned());
+        }
         let threshold = match value.get("threshold") {
             None | Some(Value::Null) => None,
             Some(threshold) => Some(

@@ -64,19 +64,28 @@ pub struct ServerTools {
 impl ServerTools {
     /// The tools that an agent's `allowedTools` admits in a chat.
     pub fn of(db: ProjectDb, agent: &AgentRow, fetcher: Fetcher) -> Self {
-        let mut tools = Self::in_task(db, agent, fetcher);
+        let mut tools = Self::in_task(db, agent, fetcher, false);
         tools
             .tools
             .retain(|tool| tool.name != register_outcome::NAME);
         tools
     }
 
-    /// The tools that an agent's `allowedTools` admits in a task.
-    pub fn in_task(db: ProjectDb, agent: &AgentRow, fetcher: Fetcher) -> Self {
+    /// The tools that an agent's `allowedTools` admits in a task, and `register_outcome` where the task expects outcomes: they could not be
+    /// handed over without it.
+    pub fn in_task(
+        db: ProjectDb,
+        agent: &AgentRow,
+        fetcher: Fetcher,
+        expects_outcomes: bool,
+    ) -> Self {
         let allowed = agent.definition.get("allowedTools");
         let tools = TOOLS
             .iter()
-            .filter(|tool| is_allowed(allowed, &tool.name))
+            .filter(|tool| {
+                is_allowed(allowed, &tool.name)
+                    || (expects_outcomes && tool.name == register_outcome::NAME)
+            })
             .cloned()
             .collect();
         Self {

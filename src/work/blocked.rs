@@ -180,6 +180,13 @@ async fn act(
         }) if !description.trim().is_empty() => {
             task.rewrite(description);
             tx.drop_needs(task.id, &failed).await?;
+            // They are named as whoever made the task did: by id, or by title.
+            task.document.depends_on.retain(|named| {
+                !unmet.iter().any(|need| {
+                    need.status == Some(Status::Failed)
+                        && (need.id.to_string() == *named || need.title.as_ref() == Some(named))
+                })
+            });
             let told = json!({"failedDepId": failed.first(), "action": "absorb", "reason": reason});
             task.tell("deadlock:resolved", told);
             lifecycle::save(tx, db, task).await?;

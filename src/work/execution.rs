@@ -16,7 +16,6 @@ use super::{Held, Result, WorkError};
 use crate::agent::{
     self, Course, OutputFormat, Persona, Repair, Step, Toolbox, TurnError, TurnEvent, system_prompt,
 };
-use crate::ids::{self, Id};
 use crate::lifecycle::{self, after_failure};
 use crate::llm::{
     Effort, FinishReason, Message, ModelRequest, Part, ProviderError, ToolCall, context_window,
@@ -126,10 +125,17 @@ pub(super) async fn execute(
             .await;
         }
     };
+    let expects_outcomes = task
+        .document
+        .expected_outcomes
+        .as_ref()
+        .is_some_and(|expected| !expected.is_empty());
+    let fetcher = held.app.fetcher.clone();
     let toolbox: Arc<dyn Toolbox> = Arc::new(ServerTools::in_task(
         db.clone(),
         &agent,
-        held.app.fetcher.clone(),
+        fetcher,
+        expects_outcomes,
     ));
     let mut recorder = Recorder::new(held, &task, run, model_name.clone());
     recorder.toolbox = Some(toolbox.clone());
@@ -505,9 +511,9 @@ async fn try_conclude(
     }
     task.document.may_be_question = may_be_question(&recorder.answer, recorder.tool_calls)
         && task.document.question_rounds < settings.max_question_rounds;
+    task.document.phase = Some(Phase::Review);
     task.go(Status::Review)
         .map_err(|error| WorkError::Defect(error.into()))?;
-    task.document.phase = Some(Phase::Review);
     let missing = missing_outcomes(&task);
     if !missing.is_empty() {
         let feedback = format!(
@@ -581,13 +587,8 @@ fn tell_end(task: &mut Task, recorder: &Recorder<'_>, ending: &Ending, started_a
     };
     task.document.outcomes.clone_from(&recorder.outcomes);
     task.document.defects = 0;
-    let told = json!({
-        "agentName": task.assign_to, "exitCode": result.exit_code, "duration": result.duration,
-        "reason": result.reason, "runId": recorder.run, "sessionId": Id::<ids::Session>::from(recorder.run),
-    });
+    lifecycle::tell_run_ended(task, recorder.run, &result);
     task.document.result = Some(result);
-    task.tell("agent:completed", told.clone());
-    task.tell("agent:finished", told);
 }
 
 fn missing_outcomes(task: &Task) -> Vec<String> {

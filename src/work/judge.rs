@@ -560,8 +560,10 @@ async fn better_threshold(
         .ok()
         .and_then(|answer| serde_json::from_str(&answer).ok())
         .unwrap_or_default();
+    // It was found too high, or not at all: the bar is not raised for work that has failed.
+    let set = asked.threshold.unwrap_or(crate::task::DEFAULT_THRESHOLD);
     let threshold = judged["threshold"]
         .as_f64()
-        .filter(|threshold| (1.0..=5.0).contains(threshold));
+        .filter(|threshold| (1.0..=5.0).contains(threshold) && *threshold < set);
     Ok(threshold.filter(|_| judged["correct"] == true))
 }

@@ -69,6 +69,7 @@ async fn what_needs_a_failed_task_gets_a_verdict() {
         assert!(told.contains(&"deadlock:detected".to_owned()), "{told:?}");
         if verdict.contains("absorb") {
             assert_eq!(task["description"], "Do it alone");
+            assert_eq!(task["dependsOn"], json!([]));
         }
         if expected == "failed" {
             assert!(

@@ -155,3 +155,29 @@ async fn an_agent_at_work_reads_what_another_process_wrote_a_moment_ago() {
         assert_eq!(result["content"], content);
     }
 }
+
+#[tokio::test]
+async fn an_agents_id_stands_for_its_name() {
+    let app = TestApp::start().await;
+    app.agent("noor").await;
+    let agent = answer(app.get("/v1/agents/noor")).await.1;
+    let path = format!("/v1/memory/agent/{}", agent["id"].as_str().unwrap());
+    let saved = app
+        .request(Method::PUT, &path)
+        .json(&json!({"content": "x"}));
+    assert_eq!(
+        answer(saved).await.1,
+        json!({"saved": true, "agent": "noor"})
+    );
+    for path in [path.as_str(), "/v1/memory/agent/noor"] {
+        let memory = answer(app.get(path)).await.1;
+        assert_eq!(
+            (&memory["content"], &memory["agent"]),
+            (&json!("x"), &json!("noor"))
+        );
+    }
+    let array = app.request(Method::PUT, "/v1/memory").json(&json!(["x"]));
+    let (status, body) = answer(array).await;
+    assert_eq!(status, 400);
+    assert!(body["error"].as_str().unwrap().contains("object"), "{body}");
+}

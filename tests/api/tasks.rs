@@ -185,7 +185,7 @@ async fn what_is_wrong_is_refused_with_a_sentence_and_nothing_is_stored() {
         ("assignTo", Value::Null, "assignTo: required"),
         ("assignTo", json!("ghost"), "ghost"),
         ("dependsOn", json!(["nothing"]), "nothing"),
-        ("dependsOn", json!("t"), "sequence"),
+        ("dependsOn", json!("t"), "array"),
         (
             "metrics",
             json!([{"name": "m", "command": "c", "threshold": 1}]),
@@ -704,6 +704,95 @@ async fn a_paused_task_goes_on_from_its_last_step() {
     app.until(&id, "done").await;
     let asked = app.upstream.asked();
     assert_eq!((asked.len(), results(&asked[2])), (3, 1));
+}
+
+#[tokio::test]
+async fn a_run_that_is_stopped_tells_its_end_and_how_long_it_took() {
+    let app = start().await;
+    app.upstream.answers(|_| Reply::Hang(vec![]));
+    let id = app.task("long", json!({})).await;
+    eventually("it is asked", async || app.upstream.asked().len() == 1).await;
+    answer(app.post(&format!("/v1/tasks/{id}/kill"), json!({}))).await;
+    let task = app.read(&id).await;
+    for name in ["agent:completed", "agent:finished"] {
+        let told = app.events(name).await;
+        assert_eq!(told.len(), 1, "{name}");
+        assert_eq!(
+            (
+                &told[0].1["exitCode"],
+                &told[0].1["reason"],
+                &told[0].1["duration"]
+            ),
+            (&json!(1), &json!("killed"), &task["result"]["duration"])
+        );
+    }
+    assert!(task["result"]["duration"].as_i64().unwrap() > 0, "{task}");
+}
+
+#[tokio::test]
+async fn a_task_that_expects_outcomes_can_hand_them_over_whatever_its_agent_may_use() {
+    let app = start().await;
+    let allowed = json!({"allowedTools": ["http_fetch"]});
+    answer(app.patch("/v1/agents/noor", allowed)).await;
+    app.upstream.will(Reply::Stream(called(&[(
+        "c1",
+        "register_outcome",
+        &[r#"{"type":"text","label":"Notes","text":"abc"}"#],
+    )])));
+    app.upstream.will_say("Done.");
+    let expected = json!({"expectedOutcomes": [{"type": "text", "label": "Notes"}]});
+    let id = app.task("t", expected).await;
+    app.until(&id, "done").await;
+    let tools = app.upstream.asked()[0]["tools"].clone();
+    let names: Vec<&str> = tools
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|tool| tool["function"]["name"].as_str().unwrap())
+        .collect();
+    assert_eq!(names, ["http_fetch", "register_outcome"]);
+}
+
+#[tokio::test]
+async fn the_words_of_all_turns_are_streamed_once_each() {
+    let app = start().await;
+    let turn = |words: [&str; 2], call: &str| {
+        let before = vec![chunk(
+            &json!({"role": "assistant", "content": words[0]}),
+            None,
+        )];
+        let mut after = vec![chunk(&json!({"content": words[1]}), None)];
+        if call.is_empty() {
+            after.extend(ending("stop"));
+        } else {
+            after.extend(called(&[(call, "memory_get", &["{}"])]));
+        }
+        (before, after)
+    };
+    let go_on = Arc::new(Notify::new());
+    for (words, call) in [
+        (["pre ", "x"], "c1"),
+        (["mid ", "y"], "c2"),
+        (["end ", "z"], ""),
+    ] {
+        let (before, after) = turn(words, call);
+        app.upstream
+            .will(Reply::Pause(before, go_on.clone(), after));
+    }
+    let id = app.task("talk", json!({"draft": true})).await;
+    let run = app.post(&format!("/v1/tasks/{id}/run"), json!({"stream": true}));
+    let mut body = run.send().await.unwrap().bytes_stream();
+    let mut text = String::new();
+    for shown in ["pre ", "mid ", "end "] {
+        while !text.contains(shown) {
+            text += std::str::from_utf8(&body.next().await.unwrap().unwrap()).unwrap();
+        }
+        go_on.notify_waiters();
+    }
+    while let Some(piece) = body.next().await {
+        text += std::str::from_utf8(&piece.unwrap()).unwrap();
+    }
+    assert_eq!(spoken(&frames(&text)), "pre x\n\nmid y\n\nend z");
 }
 
 #[tokio::test]

@@ -3,7 +3,7 @@
 use chrono::{DateTime, Utc};
 use serde_json::json;
 
-use super::super::{Result, withdraw};
+use super::super::{Result, tell_run_ended, withdraw};
 use super::advance::seen_of;
 use super::gate::{Operation, Particulars, ask_leave, tell_withdrawn};
 use super::next_look;
@@ -168,7 +168,11 @@ pub(super) async fn end_tasks(
     }
     for task in &mut *tasks {
         let before = task.document.result.take();
-        task.document.result = Some(TaskResult::without_answer(reason, sentence, None, before));
+        let result = TaskResult::without_answer(reason, sentence, None, before);
+        if let Some(run) = task.run.filter(|_| task.status() == TaskStatus::InProgress) {
+            tell_run_ended(task, run, &result);
+        }
+        task.document.result = Some(result);
         if task.status() == TaskStatus::AwaitingApproval {
             withdraw(tx, task).await?;
         }
