@@ -6,6 +6,7 @@ use serde_json::Value;
 
 use super::error::{ApiError, ErrorBody};
 use super::extract::{Door, Json, Listed, MaybeJson, Page, Path, Query};
+use super::shapes::ApprovalShape;
 use super::tasks::refused;
 use crate::ids::{Approval, Id};
 use crate::lifecycle::{self, NotResolved};
@@ -14,7 +15,7 @@ use crate::store::{ApprovalRow, StoreError};
 /// A request for approval.
 #[derive(Debug, Serialize, utoipa::ToSchema)]
 #[serde(transparent)]
-#[schema(value_type = Object)]
+#[schema(value_type = ApprovalShape)]
 pub struct ApprovalView(Value);
 
 /// Which requests.
@@ -47,7 +48,7 @@ pub struct Approve {
 #[serde(rename_all = "camelCase")]
 pub struct Reject {
     /// What is to be done better.
-    #[schema(min_length = 1, max_length = 20000)]
+    #[schema(value_type = String, min_length = 1, max_length = 20000)]
     pub feedback: Option<String>,
     /// Who says so; `user` when absent.
     #[schema(max_length = 200)]

@@ -13,6 +13,7 @@ use super::error::{ApiError, ErrorBody};
 use super::extract::{Door, Json, Listed, MaybeJson, Page, Path, Query};
 use super::follow_mission;
 use super::sessions::Deleted;
+use super::shapes::MissionShape;
 use super::tasks::TaskView;
 use crate::app::App;
 use crate::event::timestamp;
@@ -100,7 +101,7 @@ pub struct UpdateMission {
 /// A mission (contract 2.8.1): in lists without its tasks and what is between them.
 #[derive(Debug, Serialize, utoipa::ToSchema)]
 #[serde(transparent)]
-#[schema(value_type = Object)]
+#[schema(value_type = MissionShape)]
 pub struct MissionView(Value);
 
 /// A run that has begun.

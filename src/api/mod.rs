@@ -43,6 +43,7 @@ pub mod schedules;
 pub mod server;
 pub mod sessions;
 pub mod settings;
+pub mod shapes;
 mod sse;
 pub mod tasks;
 pub mod teams;

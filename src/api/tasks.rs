@@ -12,6 +12,7 @@ use super::auth::Presented;
 use super::error::{ApiError, ErrorBody};
 use super::extract::{Door, Json, Listed, MaybeJson, Page, Path, Query};
 use super::follow;
+use super::shapes::{ExpectationShape, TaskShape};
 use crate::app::App;
 use crate::event::timestamp;
 use crate::ids::{self, Id};
@@ -26,18 +27,18 @@ use crate::task::{
 #[serde(rename_all = "camelCase")]
 pub struct CreateTask {
     /// What it is called; unique among unfinished tasks.
-    #[schema(min_length = 1, max_length = 500)]
+    #[schema(value_type = String, min_length = 1, max_length = 500)]
     pub title: Option<String>,
     /// The instructions.
-    #[schema(min_length = 1)]
+    #[schema(value_type = String, min_length = 1)]
     pub description: Option<String>,
     /// The agent that does it.
-    #[schema(min_length = 1)]
+    #[schema(value_type = String, min_length = 1)]
     pub assign_to: Option<String>,
     /// Ids or titles of tasks that must be done first.
     pub depends_on: Option<Vec<String>>,
-    /// What the work is judged by: `llm_review` objects.
-    #[schema(value_type = Option<Vec<Object>>)]
+    /// What the work is judged by.
+    #[schema(value_type = Option<Vec<ExpectationShape>>)]
     pub expectations: Option<Value>,
     /// What it is to leave behind.
     #[schema(value_type = Option<Vec<ExpectedOutcome>>)]
@@ -260,7 +261,7 @@ pub struct UpdateTask {
 /// A task (contract 2.6.1).
 #[derive(Debug, Serialize, utoipa::ToSchema)]
 #[serde(transparent)]
-#[schema(value_type = Object)]
+#[schema(value_type = TaskShape)]
 pub struct TaskView(Value);
 
 impl From<Task> for TaskView {

@@ -50,7 +50,7 @@ pub enum Phase {
 }
 
 /// Why a run ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum EndReason {
     /// The agent had said all it wanted to.
@@ -68,7 +68,7 @@ pub enum EndReason {
 }
 
 /// What the last run came to (contract 2.6.1, design 0.1).
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct TaskResult {
     /// 0 when the agent finished, else 1.
@@ -86,9 +86,11 @@ pub struct TaskResult {
     pub cause: Option<String>,
     /// How it was judged.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Assessment>)]
     pub assessment: Option<Value>,
     /// How it was judged before, oldest first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schema(value_type = Vec<Assessment>)]
     pub assessment_history: Vec<Value>,
 }
 

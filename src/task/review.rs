@@ -48,7 +48,7 @@ pub fn default_dimensions() -> Vec<Dimension> {
 }
 
 /// Where a reviewer saw something.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Evidence {
     /// The file, if it is in one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -61,7 +61,7 @@ pub struct Evidence {
 }
 
 /// The score of one dimension.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Score {
     /// The dimension.
     pub dimension: String,
@@ -77,7 +77,7 @@ pub struct Score {
 }
 
 /// What one reviewer says.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Review {
     /// Which reviewer, from 1.
@@ -258,7 +258,7 @@ pub fn material(title: &str, description: &str, output: &str, outcomes: &[Outcom
 }
 
 /// How one expectation came out.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Check {
     /// The expectation's type.
@@ -328,7 +328,7 @@ pub fn judge(
 }
 
 /// Why an assessment was made.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Trigger {
     /// The work is new.
@@ -346,7 +346,7 @@ pub enum Trigger {
 }
 
 /// How work was judged (contract 2.7.4).
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Assessment {
     /// Whether every check passed.
@@ -359,6 +359,7 @@ pub struct Assessment {
     /// Expectation by expectation.
     pub checks: Vec<Check>,
     /// None until there is a sandbox.
+    #[schema(value_type = Vec<Object>)]
     pub metrics: [(); 0],
     /// The first review's words.
     #[serde(skip_serializing_if = "Option::is_none")]

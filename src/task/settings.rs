@@ -17,22 +17,29 @@ pub struct Settings {
     /// The model that answers questions, rewrites descriptions and judges blocked tasks; the default model when absent.
     pub orchestrator_model: Option<String>,
     /// Full retries of a task that says nothing of it.
+    #[schema(maximum = 100)]
     pub max_retries: u32,
     /// Attempts to mend before a full retry.
+    #[schema(maximum = 100)]
     pub max_fix_attempts: u32,
     /// Questions of an agent that are answered.
+    #[schema(maximum = 100)]
     pub max_question_rounds: u32,
     /// Verdicts on one blocked task.
+    #[schema(maximum = 100)]
     pub max_resolution_attempts: u32,
     /// Repetitions of an assessment in which every reviewer failed.
+    #[schema(maximum = 100)]
     pub max_assessment_retries: u32,
     /// The longest run of a task that says nothing of it, in milliseconds; 0 is no limit.
     pub task_timeout: u64,
     /// Silence of a run, in milliseconds, after which people are warned; after twice as much it is killed.
+    #[schema(minimum = 1)]
     pub stale_threshold: u64,
     /// Whether wrong `estimated` expectations are corrected.
     pub auto_correct_expectations: bool,
     /// The most tasks at once; absent is no limit.
+    #[schema(minimum = 1)]
     pub max_concurrency: Option<u32>,
     /// What happens when a task's deadline passes.
     pub violation_action: Violation,

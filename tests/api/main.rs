@@ -24,6 +24,7 @@ mod mission_crashes;
 mod mission_gates;
 mod mission_histories;
 mod missions;
+mod openapi;
 mod places;
 mod platform;
 mod playbooks;
