@@ -241,13 +241,21 @@ async fn finished(db: &ProjectDb, run: Id<Run>, cursor: &mut Cursor) -> Result<S
 }
 
 fn chunk(task: &Task, delta: &Value, finish: Option<&str>) -> Bytes {
+    let mut told = json!({"id": task.id, "title": task.title, "status": task.status()});
+    if let (Some(_), Some(result)) = (finish, &task.document.result) {
+        // A client that looks at the last chunk alone can tell how it ended.
+        told["reason"] = json!(result.reason);
+        if let Some(cause) = &result.cause {
+            told["cause"] = json!(cause);
+        }
+    }
     let chunk = json!({
         "id": format!("chatcmpl-{}", task.id.uuid().simple()),
         "object": "chat.completion.chunk",
         "created": Utc::now().timestamp(),
         "model": task.assign_to,
         "choices": [{"index": 0, "delta": delta, "logprobs": null, "finish_reason": finish}],
-        "task": {"id": task.id, "title": task.title, "status": task.status()},
+        "task": told,
     });
     Bytes::from(format!("data: {chunk}\n\n"))
 }

@@ -46,7 +46,8 @@ pub async fn request_approval(
     gate: &Gate,
     hook: Hook,
 ) -> Result<()> {
-    let mut payload = json!({"taskId": task.id, "task": task.view()});
+    // Where it stands tells a question about finished work from one about another attempt.
+    let mut payload = json!({"taskId": task.id, "task": task.view(), "hook": hook.as_str()});
     if gate.include_outcomes != Some(true)
         && let Some(task) = payload["task"].as_object_mut()
     {

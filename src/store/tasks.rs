@@ -669,6 +669,8 @@ impl ProjectTx {
                 join asking a on a.priority > this.priority or (a.priority = this.priority and a.created_at < this.created_at)
                 join tasks t on t.project_id = $1 and t.id = a.subject
                 where t.status = 'pending' and not t.held and ($3::text is null or t.assign_to = $3) and t.id <> $2
+                  -- Its instructions are written anew before it asks.
+                  and not coalesce((t.document ->> 'escalationOwed')::boolean, false)
                 limit $4
             )
             select count(*) as "count!" from ahead"#,

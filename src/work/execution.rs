@@ -26,6 +26,8 @@ use crate::tools::ServerTools;
 
 /// Turns of an agent that names no limit (contract 2.4.1).
 const MAX_TURNS: u32 = 150;
+/// The longest rest that a provider can ask for between two attempts.
+const LONGEST_REST: Duration = Duration::from_secs(3_600);
 /// Words are written down for listeners this often.
 const WORDS: Duration = Duration::from_millis(100);
 
@@ -39,6 +41,8 @@ struct Ending {
     cause: Option<String>,
     /// The milliseconds that it had, where they were used up.
     most: Option<u64>,
+    /// How long the provider wants to be left alone.
+    rest: Duration,
 }
 
 impl Ending {
@@ -48,6 +52,7 @@ impl Ending {
             sentence: String::new(),
             cause: None,
             most: None,
+            rest: Duration::ZERO,
         }
     }
 
@@ -57,6 +62,7 @@ impl Ending {
             sentence,
             cause: None,
             most: None,
+            rest: Duration::ZERO,
         }
     }
 
@@ -73,6 +79,7 @@ impl Ending {
             sentence: cause.clone(),
             cause: Some(cause),
             most: None,
+            rest: Duration::ZERO,
         }
     }
 }
@@ -379,7 +386,20 @@ async fn follow(
 fn broken(error: &TurnError) -> Ending {
     match error {
         TurnError::TooManyCalls(_) => Ending::limit(EndReason::MaxTurns, error.to_string()),
-        error => Ending::error(without_nul(&error.to_string())),
+        error => Ending {
+            rest: rest_after(error),
+            ..Ending::error(without_nul(&error.to_string()))
+        },
+    }
+}
+
+/// How long the provider asks for, within reason: what it refuses meanwhile would use the retries up.
+fn rest_after(error: &TurnError) -> Duration {
+    match error {
+        TurnError::Provider(ProviderError::RateLimited { retry_after }) => {
+            retry_after.unwrap_or_default().min(LONGEST_REST)
+        }
+        _ => Duration::ZERO,
     }
 }
 
@@ -560,6 +580,7 @@ async fn fail(
         );
     }
     let feedback = ending.sentence.clone();
+    let backoff = pause(held);
     let aftermath = after_failure(
         &mut tx,
         &held.lease.db,
@@ -567,7 +588,7 @@ async fn fail(
         settings,
         Failure::Run,
         feedback,
-        pause(held),
+        |retries| backoff(retries).max(ending.rest),
     )
     .await?;
     commit(held, tx, task, aftermath).await

@@ -450,14 +450,14 @@ async fn every_gate_on_the_way_is_asked_about_once() {
     ]))
     .await;
     let id = app.task("work", json!({"sideEffects": true})).await;
-    for expected in [
-        "editor",
-        "lawyer",
-        "budget",
-        "safety",
-        "legal",
-        "finance",
-        "side-effects",
+    for (expected, hook) in [
+        ("editor", "task:create"),
+        ("lawyer", "task:create"),
+        ("budget", "task:spawn"),
+        ("safety", "task:spawn"),
+        ("legal", "task:complete"),
+        ("finance", "task:complete"),
+        ("side-effects", "task:complete"),
     ] {
         let mut request = Value::Null;
         eventually("someone is asked", async || {
@@ -466,6 +466,7 @@ async fn every_gate_on_the_way_is_asked_about_once() {
             request["gateId"] == expected
         })
         .await;
+        assert_eq!(request["payload"]["hook"], hook);
         assert_eq!(decide(&app, &request, "approve", json!({})).await.0, 200);
     }
     app.until(&id, "done").await;

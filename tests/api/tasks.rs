@@ -204,12 +204,12 @@ async fn what_is_wrong_is_refused_with_a_sentence_and_nothing_is_stored() {
         ("expectations", json!([{"type": "llm_review"}]), "criteria"),
         ("expectations", json!({}), "list"),
         ("expectedOutcomes", json!([{"type": "text"}]), "label"),
-        ("maxRetries", json!(-1), "u32"),
+        ("maxRetries", json!(-1), "whole number"),
         ("maxRetries", json!(101), "100"),
-        ("maxDuration", json!("long"), "u64"),
-        ("priority", json!("high"), "f64"),
+        ("maxDuration", json!("long"), "whole number"),
+        ("priority", json!("high"), "a number"),
         ("deadline", json!("soon"), "input"),
-        ("retryPolicy", json!({"escalateAfter": -1}), "u32"),
+        ("retryPolicy", json!({"escalateAfter": -1}), "whole number"),
         ("title", json!("a\0b"), "NUL"),
         ("assignTo", json!("x".repeat(201)), "200"),
         ("group", json!("x".repeat(201)), "200"),
@@ -704,6 +704,45 @@ async fn a_paused_task_goes_on_from_its_last_step() {
     app.until(&id, "done").await;
     let asked = app.upstream.asked();
     assert_eq!((asked.len(), results(&asked[2])), (3, 1));
+}
+
+#[tokio::test]
+async fn a_provider_that_asks_for_a_rest_gets_it_before_the_next_attempt() {
+    let app = start().await;
+    let wait = vec![("retry-after", "1800")];
+    app.upstream.will(Reply::Plain(429, wait, String::new()));
+    let id = app.task("t", json!({"maxRetries": 1})).await;
+    let mut database = PgConnection::connect(&app.database_url).await.unwrap();
+    eventually("it rests", async || {
+        let resting = "select exists (select from production.jobs
+            where kind = 'task' and due_at > clock_timestamp() + interval '1700 s')";
+        sqlx::query_scalar(resting)
+            .fetch_one(&mut database)
+            .await
+            .unwrap()
+    })
+    .await;
+    let task = app.read(&id).await;
+    assert_eq!(
+        (&task["status"], &task["retries"]),
+        (&json!("pending"), &json!(1))
+    );
+}
+
+#[tokio::test]
+async fn the_last_chunk_of_a_task_says_how_it_ended() {
+    let app = start().await;
+    app.upstream
+        .answers(|_| Reply::Plain(400, vec![], "{}".to_owned()));
+    let id = app.task("t", json!({"draft": true, "maxRetries": 0})).await;
+    let run = app.post(&format!("/v1/tasks/{id}/run"), json!({"stream": true}));
+    let text = run.send().await.unwrap().text().await.unwrap();
+    let last = frames(&text).pop().unwrap();
+    assert_eq!(
+        (&last["task"]["status"], &last["task"]["reason"]),
+        (&json!("failed"), &json!("error"))
+    );
+    assert!(last["task"]["cause"].is_string(), "{last}");
 }
 
 #[tokio::test]

@@ -107,7 +107,9 @@ pub(super) async fn ask_leave(
                 run: operation.run,
                 particulars: &json!(operation.particulars),
             };
-            let payload = json!({"missionId": mission.id, "mission": operation.mission, "data": operation.data});
+            let payload = json!({
+                "missionId": mission.id, "mission": operation.mission, "data": operation.data, "hook": hook.as_str(),
+            });
             let request = make_request(tx, gate, hook, waiting, &payload).await?;
             let told = json!({"requestId": request, "gateId": gate.id, "gateName": gate.name});
             mission.tell("approval:requested", told);
