@@ -47,8 +47,8 @@ const GLANCE: Duration = Duration::from_millis(20);
 /// How far apart tasks begin beside a crowd of timers: each costs Postgres more than a firing does, most of all where both are one
 /// project's.
 const TRICKLE: Duration = Duration::from_millis(40);
-/// How long the connection that holds the lock may take to answer before it counts as lost.
-const CHECK: Duration = Duration::from_secs(2);
+/// How long the connection that holds the lock may take to answer before it counts as lost: a busy database is not a lost one, and leases are longer.
+const CHECK: Duration = Duration::from_secs(5);
 /// How long other processes have to come back to a database that was away before they count as gone.
 const RETURN: Duration = Duration::from_secs(2);
 /// How often leases are extended.
