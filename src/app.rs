@@ -16,12 +16,12 @@ use uuid::Uuid;
 use crate::api;
 use crate::config::{Config, ConfigError};
 use crate::ids::{Id, Webhook};
-use crate::llm::{Credential, ProjectCredentials, Provider, Providers, ResolveError};
+use crate::llm::{Credential, ProjectCredentials, Provider, Providers, ResolveError, Usage};
 use crate::mission::Document;
 use crate::seal::{self, Seal, SealError, sha256};
 use crate::store::{
-    AgentRow, Db, KeyRow, NewKey, PoolSettings, ProjectDb, Result as StoreResult, SealedSecret,
-    StoreError, Topic, World,
+    AgentRow, CallUsage, Db, KeyRow, NewKey, PoolSettings, ProjectDb, Result as StoreResult,
+    SealedSecret, StoreError, Topic, World,
 };
 use crate::task::Settings;
 use crate::tools::Fetcher;
@@ -374,6 +374,18 @@ impl Shared {
             );
         }
         Ok(own)
+    }
+}
+
+/// What calls of a model used, as it is stored.
+pub fn call_usage(model: &str, usage: Usage) -> CallUsage {
+    CallUsage {
+        model: model.to_owned(),
+        prompt_tokens: usage.prompt_tokens,
+        completion_tokens: usage.completion_tokens,
+        cached_tokens: usage.cached_tokens,
+        reasoning_tokens: usage.reasoning_tokens,
+        estimated: usage.estimated,
     }
 }
 

@@ -128,7 +128,7 @@ async fn save(
 }
 
 fn too_large(error: StoreError) -> ApiError {
-    if error.is_constraint("memories_content_size") {
+    if error.is_memory_too_large() {
         ApiError::invalid(
             "content",
             format!(

@@ -17,7 +17,7 @@ use tokio::sync::mpsc;
 use super::error::ApiError;
 use super::openai::ChunkWriter;
 use crate::agent::{self, Answer, Course, Step, ToolState, ToolUse, Toolbox, TurnError, TurnEvent};
-use crate::app::App;
+use crate::app::{App, call_usage};
 use crate::ids::{Id, Run, Session};
 use crate::llm::{FinishReason, Message, ModelEvent, ModelRequest, Part, Provider, Usage};
 use crate::store::{AgentRow, CallUsage, NewMessage, ProjectDb, RunStatus, StoreError, TurnRecord};
@@ -373,14 +373,7 @@ fn calls(model: &str, progress: &Progress, status: RunStatus) -> Vec<CallUsage> 
         ..Usage::default()
     });
     told.chain(cut)
-        .map(|usage| CallUsage {
-            model: model.to_owned(),
-            prompt_tokens: usage.prompt_tokens,
-            completion_tokens: usage.completion_tokens,
-            cached_tokens: usage.cached_tokens,
-            reasoning_tokens: usage.reasoning_tokens,
-            estimated: usage.estimated,
-        })
+        .map(|usage| call_usage(model, usage))
         .collect()
 }
 

@@ -1,8 +1,9 @@
 //! How an attempt ends: done, waiting for a person, tried again, handed over, or given up.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
-use chrono::Utc;
+use chrono::{DateTime, Utc};
 use serde_json::json;
 
 use super::approve::{request_approval, withdraw};
@@ -372,28 +373,38 @@ pub(super) async fn end_abruptly(
     sentence: &str,
 ) -> Result<()> {
     interrupt(tx, task).await?;
-    let before = task.document.result.take();
-    let cause = (reason == EndReason::Error).then(|| sentence.to_owned());
-    let said = before.as_ref().map(|result| result.stdout.clone());
-    let mut result = TaskResult::without_answer(reason, sentence, cause, before);
-    match task.status() {
-        // What is there stays there, though nobody says any more that it is good.
-        Status::Review | Status::AwaitingApproval => result.stdout = said.unwrap_or_default(),
-        Status::InProgress => {
-            if let Some(run) = task.run {
-                let since = tx.run_began(run).await?;
-                result.duration = since.map_or(0, |since| (Utc::now() - since).num_milliseconds());
-                tell_run_ended(task, run, &result);
-            }
-        }
-        _ => {}
-    }
-    task.document.result = Some(result);
+    let began = tx.runs_began(std::slice::from_ref(task)).await?;
+    cut_short(task, reason, sentence, &began);
     withdraw(tx, task).await?;
     task.bypass(Bypass::Stopped);
     settle(tx, task).await?;
     tx.call_off(Job::Blocked(task.id)).await?;
     save(tx, db, task).await
+}
+
+/// Gives a task that is ended from outside its result, and tells the end of the run that its agent is at. `began` has that run, see
+/// [`ProjectTx::runs_began`].
+pub(super) fn cut_short(
+    task: &mut Task,
+    reason: EndReason,
+    sentence: &str,
+    began: &HashMap<Id<ids::Run>, DateTime<Utc>>,
+) {
+    let before = task.document.result.take();
+    let cause = (reason == EndReason::Error).then(|| sentence.to_owned());
+    let said = before.as_ref().map(|result| result.stdout.clone());
+    let mut result = TaskResult::without_answer(reason, sentence, cause, before);
+    // What is there stays there, though nobody says any more that it is good.
+    if matches!(task.status(), Status::Review | Status::AwaitingApproval) {
+        result.stdout = said.unwrap_or_default();
+    }
+    if let Some(run) = task.run
+        && let Some(began) = began.get(&run)
+    {
+        result.duration = (Utc::now() - *began).num_milliseconds();
+        tell_run_ended(task, run, &result);
+    }
+    task.document.result = Some(result);
 }
 
 /// Tells that an agent's run of a task has come to its end, and with what.

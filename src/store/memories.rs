@@ -18,7 +18,7 @@ pub enum MemoryOwner<'a> {
 }
 
 /// The constraint that keeps [`MEMORY_LIMIT`].
-const SIZE: &str = "memories_content_size";
+pub(super) const SIZE: &str = "memories_content_size";
 /// [`MEMORY_LIMIT`] as Postgres counts.
 const LIMIT: i64 = MEMORY_LIMIT as i64;
 

@@ -133,6 +133,11 @@ pub enum StoreError {
 }
 
 impl StoreError {
+    /// Whether a memory would have become larger than [`MEMORY_LIMIT`].
+    pub fn is_memory_too_large(&self) -> bool {
+        self.is_constraint(memories::SIZE)
+    }
+
     /// Whether the named constraint refused the change.
     pub fn is_constraint(&self, name: &str) -> bool {
         matches!(self, Self::Constraint(constraint) if constraint == name)

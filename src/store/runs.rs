@@ -1,5 +1,7 @@
 //! Runs of tasks, and what their models are saying. Their steps are in `steps.rs`.
 
+use std::collections::HashMap;
+
 use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
@@ -7,6 +9,7 @@ use super::closing::{BegunRun, EndedRun};
 use super::turns::token_column;
 use super::{CallUsage, NewStep, ProjectDb, ProjectTx, Result, RunStatus, Topic, to_micros};
 use crate::ids::{self, Agent, Id, Run};
+use crate::task::{Status, Task};
 
 /// What a model has said of a step that is not finished.
 #[derive(Debug, Clone)]
@@ -288,18 +291,29 @@ impl ProjectTx {
         Ok(())
     }
 
-    /// When a run began, if it is on record.
+    /// When the runs began in which agents are at these tasks.
     ///
     /// # Errors
     /// When the database cannot be reached.
-    pub async fn run_began(&mut self, run: Id<Run>) -> Result<Option<DateTime<Utc>>> {
-        Ok(sqlx::query_scalar!(
-            "select started_at from runs where project_id = $1 and id = $2",
+    pub async fn runs_began(&mut self, tasks: &[Task]) -> Result<HashMap<Id<Run>, DateTime<Utc>>> {
+        let at_work = tasks
+            .iter()
+            .filter(|task| task.status() == Status::InProgress);
+        let runs: Vec<Uuid> = at_work.filter_map(|task| task.run).map(Id::uuid).collect();
+        if runs.is_empty() {
+            return Ok(HashMap::new());
+        }
+        let rows = sqlx::query!(
+            "select id, started_at from runs where project_id = $1 and id = any($2) order by id",
             self.db.project,
-            run.uuid()
+            &runs
         )
-        .fetch_optional(self.open().await?)
-        .await?)
+        .fetch_all(self.open().await?)
+        .await?;
+        Ok(rows
+            .into_iter()
+            .map(|row| (row.id.into(), row.started_at))
+            .collect())
     }
 
     /// Ends a run that has not ended, with its last step if that is not recorded yet. Written with the commit.

@@ -256,9 +256,7 @@ impl ProjectDb {
             }
         }
     }
-}
 
-impl ProjectDb {
     /// A call of a run may begin after its last step, which says nothing of it or that another may.
     ///
     /// # Errors

@@ -154,7 +154,7 @@ fn explain(error: StoreError) -> String {
         StoreError::NotFound => {
             "The memory does not hold that passage. Read it with `memory_get`.".to_owned()
         }
-        error if error.is_constraint("memories_content_size") => format!(
+        error if error.is_memory_too_large() => format!(
             "The memory would be larger than {} KiB. Shorten it with `memory_save`.",
             MEMORY_LIMIT / 1024
         ),

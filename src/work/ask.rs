@@ -6,10 +6,11 @@ use async_trait::async_trait;
 use futures::StreamExt;
 use serde_json::Value;
 
-use super::record::{call_usage, without_nul};
+use super::record::without_nul;
 use super::task::named_model;
 use super::{Held, Result, WorkError};
 use crate::agent::{self, Course, OutputFormat, Repair, Toolbox, TurnError, TurnEvent};
+use crate::app::call_usage;
 use crate::ids::{self, Id};
 use crate::llm::{
     Message, ModelRequest, Part, ProviderError, ResponseFormat, Tool, ToolCall, Usage,

@@ -10,6 +10,7 @@ use tokio::time::Instant;
 use super::execution::{Patience, open_calls};
 use super::{Held, Result, WorkError};
 use crate::agent::{Compaction, Step, ToolState, ToolUse, Toolbox, TurnEvent};
+use crate::app::call_usage;
 use crate::event::Event;
 use crate::ids::{self, Id, Run};
 use crate::llm::{Message, ModelEvent, ToolCall, Usage};
@@ -125,7 +126,7 @@ impl<'a> Recorder<'a> {
             ..tool.call
         };
         self.tool_calls += 1;
-        // Providers have been seen to give two calls one id.
+        // Nothing keeps a provider from giving two calls of an answer one id.
         if let Some(place) = self.waiting.iter().position(|call| call.id == tool.id) {
             self.waiting.remove(place);
         }
@@ -239,18 +240,6 @@ impl<'a> Recorder<'a> {
             self.written = self.said.len();
             self.written_at = Some(Instant::now());
         }
-    }
-}
-
-/// What a model's calls used, as it is stored.
-pub(super) fn call_usage(model: &str, usage: Usage) -> CallUsage {
-    CallUsage {
-        model: model.to_owned(),
-        prompt_tokens: usage.prompt_tokens,
-        completion_tokens: usage.completion_tokens,
-        cached_tokens: usage.cached_tokens,
-        reasoning_tokens: usage.reasoning_tokens,
-        estimated: usage.estimated,
     }
 }
 

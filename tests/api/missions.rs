@@ -751,11 +751,15 @@ async fn aborting_stops_what_runs_and_deleting_leaves_nothing() {
     let cancelled = app.read_mission(&id).await;
     assert_eq!(cancelled["status"], "cancelled");
     assert_eq!(cancelled["run"]["tasks"], json!({"failed": 3}));
+    let ended = app.events("agent:completed").await;
+    assert_eq!(ended.len(), 2, "those that agents were at");
     for task in app.of_mission(&id).await.values() {
         assert_eq!(
             (&task["result"]["reason"], &task["result"]["stderr"]),
             (&json!("killed"), &json!("The mission was aborted."))
         );
+        let was_run = task["title"] != "B";
+        assert_eq!(task["result"]["duration"].as_i64().unwrap() > 0, was_run);
     }
     eventually("the models are left", async || app.upstream.was_left()).await;
     assert_eq!(app.events("mission:aborted").await.len(), 1);

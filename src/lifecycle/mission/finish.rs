@@ -3,7 +3,8 @@
 use chrono::{DateTime, Utc};
 use serde_json::json;
 
-use super::super::{Result, tell_run_ended, withdraw};
+use super::super::finish::cut_short;
+use super::super::{Result, withdraw};
 use super::advance::seen_of;
 use super::gate::{Operation, Particulars, ask_leave, tell_withdrawn};
 use super::next_look;
@@ -13,9 +14,7 @@ use crate::mission::{Mission, Status, TaskEnd, Verdict, mean_score, report};
 use crate::store::{
     Job, Lease, MissionRunRow, ProjectDb, ProjectTx, ScheduleRow, StoreError, TaskFilter,
 };
-use crate::task::{
-    Bypass, Cleanup, EndReason, Hook, Place, Status as TaskStatus, Task, TaskResult,
-};
+use crate::task::{Bypass, Cleanup, EndReason, Hook, Place, Status as TaskStatus, Task};
 
 /// Why a run ends.
 #[derive(Debug, Clone)]
@@ -166,13 +165,9 @@ pub(super) async fn end_tasks(
     if tasks.is_empty() {
         return Ok(());
     }
+    let began = tx.runs_began(tasks).await?;
     for task in &mut *tasks {
-        let before = task.document.result.take();
-        let result = TaskResult::without_answer(reason, sentence, None, before);
-        if let Some(run) = task.run.filter(|_| task.status() == TaskStatus::InProgress) {
-            tell_run_ended(task, run, &result);
-        }
-        task.document.result = Some(result);
+        cut_short(task, reason, sentence, &began);
         if task.status() == TaskStatus::AwaitingApproval {
             withdraw(tx, task).await?;
         }
