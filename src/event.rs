@@ -1,7 +1,7 @@
 //! What can be told of a project: names and payloads of the event stream (contract 2.9.2).
 
 use chrono::{DateTime, SecondsFormat, Utc};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 /// Something that happened. Its time is added when it is stored, so every payload has one.
 #[derive(Debug, Clone, PartialEq)]
@@ -32,6 +32,48 @@ impl Event {
     }
 }
 
+/// A deadline, in the words of the events that tell of it (contract 2.6.4, SLA).
+#[derive(Debug)]
+pub struct Deadline {
+    /// Whose it is.
+    pub of: String,
+    /// What that is: `task` or `mission`.
+    pub kind: &'static str,
+    /// When it is.
+    pub at: DateTime<Utc>,
+}
+
+impl Deadline {
+    fn told(&self, members: &Value) -> Value {
+        let mut told =
+            json!({"entityId": self.of, "entityType": self.kind, "deadline": timestamp(self.at)});
+        if let (Some(told), Some(members)) = (told.as_object_mut(), members.as_object()) {
+            told.extend(members.clone());
+        }
+        told
+    }
+
+    /// `sla:warning`: most of the time since `began` has passed.
+    pub fn nears(&self, began: DateTime<Utc>, now: DateTime<Utc>) -> Value {
+        let (whole, elapsed) = (self.at - began, now - began);
+        #[expect(clippy::cast_precision_loss, reason = "it is a share, for people")]
+        let share = elapsed.num_milliseconds() as f64 / whole.num_milliseconds().max(1) as f64;
+        self.told(&json!({
+            "elapsed": elapsed.num_milliseconds(), "remaining": (self.at - now).num_milliseconds(), "percentUsed": share,
+        }))
+    }
+
+    /// `sla:violated`: it has passed.
+    pub fn passed(&self, now: DateTime<Utc>) -> Value {
+        self.told(&json!({"overdueMs": (now - self.at).num_milliseconds()}))
+    }
+
+    /// `sla:met`: what it was for is there in time.
+    pub fn met(&self, now: DateTime<Utc>) -> Value {
+        self.told(&json!({"marginMs": (self.at - now).num_milliseconds()}))
+    }
+}
+
 /// The id of the event with this number in its project.
 pub fn id(seq: i64) -> String {
     format!("evt_{seq:05}")
@@ -40,6 +82,14 @@ pub fn id(seq: i64) -> String {
 /// ISO 8601 in UTC with milliseconds (contract 1.7).
 pub fn timestamp(at: DateTime<Utc>) -> String {
     at.to_rfc3339_opts(SecondsFormat::Millis, true)
+}
+
+/// Has serde write a time like any other of the API.
+///
+/// # Errors
+/// What the serializer says.
+pub fn as_timestamp<S: serde::Serializer>(at: &DateTime<Utc>, to: S) -> Result<S::Ok, S::Error> {
+    to.serialize_str(&timestamp(*at))
 }
 
 /// Whether an event of this name passes a filter: comma-separated names, `*` at the end of one for any rest,

@@ -6,6 +6,7 @@ use serde_json::{Map, Value, json};
 use super::error::{ApiError, ErrorBody};
 use super::extract::{Door, Json};
 use crate::app::App;
+use crate::event::Event;
 use crate::task::Settings;
 
 /// Read the project's settings, defaults included.
@@ -59,6 +60,7 @@ pub async fn update_settings(
         }
     }
     tx.save_settings(&body).await?;
+    tx.emit(Event::new("config:reloaded", json!({})));
     // There may be more places now; who waits for one looks for itself.
     tx.unpark_all().await?;
     if settings.enable_scheduler {

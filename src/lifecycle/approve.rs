@@ -10,7 +10,7 @@ use crate::ids::{self, Approval, Id};
 use crate::store::{
     ApprovalRow, Job, Lease, NewApproval, ProjectDb, ProjectTx, StoreError, Waiting,
 };
-use crate::task::{Gate, Hook, ON_TIMEOUT, Phase, Settings, Status, Task};
+use crate::task::{Closed, Gate, Hook, ON_TIMEOUT, Phase, Settings, Status, Task};
 
 /// Why a request was not answered.
 #[derive(Debug, thiserror::Error)]
@@ -43,9 +43,10 @@ impl<E: Into<LifecycleError>> From<E> for NotResolved {
 pub async fn request_approval(
     tx: &mut ProjectTx,
     task: &mut Task,
-    gate: &Gate,
+    closed: &Closed,
     hook: Hook,
 ) -> Result<()> {
+    let gate = &closed.gate;
     // Where it stands tells a question about finished work from one about another attempt.
     let mut payload = json!({"taskId": task.id, "task": task.view(), "hook": hook.as_str()});
     if gate.include_outcomes != Some(true)
@@ -53,7 +54,7 @@ pub async fn request_approval(
     {
         task.remove("outcomes");
     }
-    let id = make_request(tx, gate, hook, Waiting::Task(task.id), &payload).await?;
+    let id = make_request(tx, closed, hook, Waiting::Task(task.id), payload).await?;
     let told = json!({"requestId": id, "gateId": gate.id, "gateName": gate.name});
     task.tell("approval:requested", told);
     Ok(())
@@ -62,11 +63,17 @@ pub async fn request_approval(
 /// Makes a request, and sets its timer if the gate has one.
 pub(super) async fn make_request(
     tx: &mut ProjectTx,
-    gate: &Gate,
+    closed: &Closed,
     hook: Hook,
     waiting: Waiting<'_>,
-    payload: &Value,
+    mut payload: Value,
 ) -> Result<Id<Approval>> {
+    let gate = &closed.gate;
+    if let Some(fault) = &closed.fault {
+        payload["fault"] = json!(format!(
+            "The gate is closed because its condition cannot be evaluated: {fault}."
+        ));
+    }
     let id = Id::<Approval>::new();
     let timeout_action = ON_TIMEOUT
         .iter()
@@ -78,7 +85,7 @@ pub(super) async fn make_request(
         gate_id: &gate.id,
         gate_name: &gate.name,
         hook: hook.as_str(),
-        payload,
+        payload: &payload,
         timeout_action,
         max_revisions: i32::try_from(gate.revisions()).unwrap_or(i32::MAX),
     })
@@ -133,7 +140,7 @@ async fn go_on(
         return complete(tx, db, task, &settings).await.map(drop);
     }
     if let Some((gate, hook)) = next_gate(&settings, task, row) {
-        return wait_for_person(tx, db, task, gate, hook).await.map(drop);
+        return wait_for_person(tx, db, task, &gate, hook).await.map(drop);
     }
     if row.hook == Hook::QualitySla.as_str() {
         return go_on_overdue(tx, db, task).await;
@@ -161,20 +168,24 @@ async fn go_on(
 }
 
 /// The next gate at the same hook, where nobody else asks there again: whoever takes a task up asks before it begins and before it is judged.
-fn next_gate<'a>(
-    settings: &'a Settings,
-    task: &Task,
-    row: &ApprovalRow,
-) -> Option<(&'a Gate, Hook)> {
-    let (hook, data) = if row.hook == Hook::TaskCreate.as_str() {
-        (Hook::TaskCreate, json!({}))
+fn next_gate(settings: &Settings, task: &Task, row: &ApprovalRow) -> Option<(Closed, Hook)> {
+    let gates = &settings.approval_gates;
+    if row.hook == Hook::TaskCreate.as_str() {
+        let closed = Gate::closed(gates, Hook::TaskCreate, task, &json!({}));
+        closed.map(|closed| (closed, Hook::TaskCreate))
     } else if is_retry(row) {
-        let data = json!({"attempt": task.document.retries + 1, "reason": task.document.feedback});
-        (Hook::TaskRetry, data)
+        let reason = task.document.feedback.as_deref().unwrap_or_default();
+        gate_before_retry(settings, task, reason).map(|closed| (closed, Hook::TaskRetry))
     } else {
-        return None;
-    };
-    Gate::closed(&settings.approval_gates, hook, task, &data).map(|gate| (gate, hook))
+        None
+    }
+}
+
+/// The gate before a full retry, if one stands there.
+pub(super) fn gate_before_retry(settings: &Settings, task: &Task, reason: &str) -> Option<Closed> {
+    let data = json!({"attempt": task.document.retries + 1, "reason": reason});
+    let step = (Status::Failed, Status::Pending);
+    Gate::closed_on_the_way(&settings.approval_gates, Hook::TaskRetry, task, step, &data)
 }
 
 /// An overdue task goes on as it was when it was stopped: from its last step, or waiting for its turn, or held.
@@ -268,9 +279,30 @@ pub async fn reject(
 /// # Errors
 /// When the database refuses.
 pub async fn withdraw(tx: &mut ProjectTx, task: &mut Task) -> Result<()> {
-    for id in tx.withdraw_approvals(task.id).await? {
+    let note = "The task has ended, or goes on, without an answer.";
+    for id in tx
+        .close_approvals(task.id, "rejected", "engine", note)
+        .await?
+    {
         let told = json!({"requestId": id, "status": "rejected", "resolvedBy": "engine"});
         task.tell("approval:resolved", told);
+    }
+    Ok(())
+}
+
+/// The time of a person's level of the escalation policy is over: its request is not answered any more, and the next level acts. The task must
+/// be stored after this.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn time_out_escalation(tx: &mut ProjectTx, task: &mut Task) -> Result<()> {
+    let note = "The next level of the escalation policy acts.";
+    for id in tx
+        .close_approvals(task.id, "timeout", "timeout", note)
+        .await?
+    {
+        let told = json!({"requestId": id, "action": "reject"});
+        task.tell("approval:timeout", told);
     }
     Ok(())
 }

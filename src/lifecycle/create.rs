@@ -65,14 +65,12 @@ pub async fn create(db: &ProjectDb, new: NewTask) -> Result<Task> {
     let mut gated = None;
     if !new.draft {
         let gates = &settings.approval_gates;
-        gated = Gate::closed(gates, Hook::TaskCreate, &task, &json!({})).cloned();
+        gated = Gate::closed(gates, Hook::TaskCreate, &task, &json!({}));
         if gated.is_some() {
             task.bypass(Bypass::GatedAtCreation);
         } else {
             task.go(Status::Pending)?;
         }
-        // A task comes into being where it stands; it has not moved.
-        task.take_events();
     }
     task.tell_created();
     let waits = gated.is_none() && task.status() == Status::Pending;

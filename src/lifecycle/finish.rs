@@ -6,13 +6,13 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use serde_json::json;
 
-use super::approve::{request_approval, withdraw};
+use super::approve::{gate_before_retry, request_approval, withdraw};
 use super::{NOW, Result, save, settle};
 use crate::ids::{self, Id};
 use crate::store::{Job, Lease, ProjectDb, ProjectTx, RunStatus, StoreError};
 use crate::task::{
-    Bypass, EndReason, Failure, Follow, Gate, Handler, Hook, Level, Phase, Settings, Status, Task,
-    TaskResult,
+    Bypass, Closed, EndReason, Failure, Follow, Gate, Handler, Hook, Level, Phase, Settings,
+    Status, Task, TaskResult,
 };
 
 /// The gate that a person's level of the escalation policy is (contract 2.6.4).
@@ -39,16 +39,15 @@ pub async fn complete(
     task: &mut Task,
     settings: &Settings,
 ) -> Result<Aftermath> {
-    let data =
-        json!({"from": Status::Review, "to": Status::Done, "outcomes": task.document.outcomes});
-    for hook in [Hook::TaskComplete, Hook::TaskTransition] {
-        if let Some(gate) = Gate::closed(&settings.approval_gates, hook, task, &data) {
-            return wait_for_person(tx, db, task, gate, Hook::TaskComplete).await;
-        }
+    let (gates, step) = (&settings.approval_gates, (Status::Review, Status::Done));
+    let data = json!({"outcomes": task.document.outcomes});
+    let closed = Gate::closed_on_the_way(gates, Hook::TaskComplete, task, step, &data);
+    if let Some(closed) = closed {
+        return wait_for_person(tx, db, task, &closed, Hook::TaskComplete).await;
     }
     let side_effects = Gate::side_effects();
     if task.document.side_effects && !task.document.passed_gates.contains(&side_effects.id) {
-        return wait_for_person(tx, db, task, &side_effects, Hook::TaskComplete).await;
+        return wait_for_person(tx, db, task, &side_effects.into(), Hook::TaskComplete).await;
     }
     task.go(Status::Done)?;
     settle(tx, task).await?;
@@ -60,18 +59,18 @@ pub async fn complete(
 ///
 /// # Errors
 /// When the database refuses.
-pub(super) async fn wait_for_person(
+pub async fn wait_for_person(
     tx: &mut ProjectTx,
     db: &ProjectDb,
     task: &mut Task,
-    gate: &Gate,
+    closed: &Closed,
     hook: Hook,
 ) -> Result<Aftermath> {
     let waits = task.status() == Status::AwaitingApproval;
     if !waits && task.go(Status::AwaitingApproval).is_err() {
         task.bypass(Bypass::HandedToPerson);
     }
-    request_approval(tx, task, gate, hook).await?;
+    request_approval(tx, task, closed, hook).await?;
     save(tx, db, task).await?;
     Ok(Aftermath::Rests)
 }
@@ -84,10 +83,10 @@ pub async fn stop_for_person(
     tx: &mut ProjectTx,
     db: &ProjectDb,
     task: &mut Task,
-    gate: &Gate,
+    closed: &Closed,
 ) -> Result<()> {
     interrupt(tx, task).await?;
-    wait_for_person(tx, db, task, gate, Hook::QualitySla)
+    wait_for_person(tx, db, task, closed, Hook::QualitySla)
         .await
         .map(drop)
 }
@@ -112,11 +111,9 @@ pub async fn after_failure(
             Ok(Aftermath::GoesOn)
         }
         Follow::Retry => {
-            let data = json!({"attempt": task.document.retries + 1, "reason": feedback});
-            if let Some(gate) = Gate::closed(&settings.approval_gates, Hook::TaskRetry, task, &data)
-            {
+            if let Some(closed) = gate_before_retry(settings, task, &feedback) {
                 task.document.feedback = Some(feedback);
-                return wait_for_person(tx, db, task, gate, Hook::TaskRetry).await;
+                return wait_for_person(tx, db, task, &closed, Hook::TaskRetry).await;
             }
             let fallback = fallback(db, task).await?;
             task.begin_retry(Some(feedback), fallback)?;
@@ -131,7 +128,7 @@ pub async fn after_failure(
             );
             task.rewrite(description);
             task.document.outcomes.clear();
-            wait_for_person(tx, db, task, &Gate::side_effects(), Hook::TaskRetry).await
+            wait_for_person(tx, db, task, &Gate::side_effects().into(), Hook::TaskRetry).await
         }
         Follow::Escalate(level) => {
             task.tell("task:maxRetries", json!({}));
@@ -140,11 +137,12 @@ pub async fn after_failure(
         }
         Follow::GiveUp => {
             task.tell("task:maxRetries", json!({}));
+            let (gates, step) = (&settings.approval_gates, (task.status(), Status::Failed));
             let data = json!({"reason": feedback});
-            if let Some(gate) = Gate::closed(&settings.approval_gates, Hook::TaskFail, task, &data)
-            {
+            let closed = Gate::closed_on_the_way(gates, Hook::TaskFail, task, step, &data);
+            if let Some(closed) = closed {
                 task.document.feedback = Some(feedback);
-                return wait_for_person(tx, db, task, gate, Hook::TaskFail).await;
+                return wait_for_person(tx, db, task, &closed, Hook::TaskFail).await;
             }
             give_up(tx, db, task, feedback).await
         }
@@ -276,7 +274,7 @@ pub async fn escalate(
                     name: "Escalation".to_owned(),
                     ..Gate::side_effects()
                 };
-                return wait_for_person(tx, db, task, &gate, Hook::TaskRetry).await;
+                return wait_for_person(tx, db, task, &gate.into(), Hook::TaskRetry).await;
             }
         }
     }

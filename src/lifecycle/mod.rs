@@ -10,6 +10,7 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use serde_json::json;
 
+use crate::event;
 use crate::ids::{self, Id};
 use crate::store::{Job, ProjectDb, ProjectTx, StoreError, until};
 use crate::task::{IllegalStep, Status, Task};
@@ -21,11 +22,13 @@ pub mod mission;
 mod operate;
 pub mod schedule;
 
-pub use approve::{NotResolved, approve, expire, reject, request_approval, withdraw};
+pub use approve::{
+    NotResolved, approve, expire, reject, request_approval, time_out_escalation, withdraw,
+};
 pub use create::{NewTask, create};
 pub use finish::{
     Aftermath, ESCALATION, after_defect, after_failure, complete, escalate, hold_run,
-    stop_at_deadline, stop_for_person, tell_run_ended,
+    stop_at_deadline, stop_for_person, tell_run_ended, wait_for_person,
 };
 pub use operate::{
     TaskChange, delete, delete_all, force_fail, kill, pause, queue, reassess, retry, run, update,
@@ -143,11 +146,12 @@ pub async fn settle(tx: &mut ProjectTx, task: &mut Task) -> Result<()> {
         tx.call_off(Job::Deadline(task.id)).await?;
         let now = Utc::now();
         if task.status() == Status::Done && now <= deadline {
-            let payload = json!({
-                "entityId": task.id, "entityType": "task", "deadline": deadline,
-                "marginMs": (deadline - now).num_milliseconds(),
-            });
-            task.tell("sla:met", payload);
+            let met = event::Deadline {
+                of: task.id.to_string(),
+                kind: "task",
+                at: deadline,
+            };
+            task.tell("sla:met", met.met(now));
         }
     }
     Ok(())

@@ -41,12 +41,8 @@ fn wrong_state(task: &Task, deed: &str) -> LifecycleError {
 
 /// Owes a pending task what it can have: its turn, a verdict, or nothing while its needs are not met.
 async fn owe_if_ready(tx: &mut ProjectTx, task: &Task) -> Result<()> {
-    if let Some(place) = task.mission {
-        // Under the run's lock, so that what it waits for cannot end or pass unseen.
-        tx.lock_mission_run(place).await?;
-        if tx.is_held_back(task.id).await? {
-            return Ok(());
-        }
+    if is_held_back(tx, task).await? {
+        return Ok(());
     }
     let unmet = tx.unmet_needs(task.id).await?;
     if unmet.is_empty() {
@@ -57,6 +53,15 @@ async fn owe_if_ready(tx: &mut ProjectTx, task: &Task) -> Result<()> {
     } else {
         Ok(())
     }
+}
+
+/// Whether something in its mission holds a task back. Asked under the run's lock, so that it cannot end or pass unseen.
+async fn is_held_back(tx: &mut ProjectTx, task: &Task) -> Result<bool> {
+    let Some(place) = task.mission else {
+        return Ok(false);
+    };
+    tx.lock_mission_run(place).await?;
+    Ok(tx.is_held_back(task.id).await?)
 }
 
 /// Changes a task.
@@ -104,6 +109,7 @@ pub async fn update(db: &ProjectDb, id: Id<ids::Task>, change: TaskChange) -> Re
     if let Some(description) = change.description {
         task.document.description = description;
         task.document.original_description = None;
+        task.document.feedback = None;
     }
     if let Some(retries) = change.retries {
         task.document.retries = retries;
@@ -142,6 +148,11 @@ async fn step(tx: &mut ProjectTx, db: &ProjectDb, task: &mut Task, to: Status) -
                 return submit(tx, db, task).await;
             }
             task.go(to)?;
+            if from == Status::AwaitingApproval && task.document.phase == Some(Phase::Review) {
+                // Whoever sends finished work back wants it done again.
+                let feedback = task.document.feedback.take();
+                task.begin_again(Phase::Execution, feedback, "retry");
+            }
             if from == Status::Failed {
                 task.begin_again(Phase::Execution, None, "retry");
                 renew_deadline(tx, task).await?;
@@ -162,6 +173,12 @@ async fn step(tx: &mut ProjectTx, db: &ProjectDb, task: &mut Task, to: Status) -
             super::settle(tx, task).await
         }
         Status::Assigned => {
+            if !tx.unmet_needs(task.id).await?.is_empty() || is_held_back(tx, task).await? {
+                return Err(wrong_state(
+                    task,
+                    "assigned before what it waits for is over",
+                ));
+            }
             task.go(to)?;
             withdraw(tx, task).await?;
             owe(tx, task, NOW).await
@@ -196,7 +213,7 @@ async fn submit(tx: &mut ProjectTx, db: &ProjectDb, task: &mut Task) -> Result<(
     match Gate::closed(&settings.approval_gates, Hook::TaskCreate, task, &json!({})) {
         Some(gate) => {
             task.bypass(Bypass::GatedAtCreation);
-            request_approval(tx, task, gate, Hook::TaskCreate).await
+            request_approval(tx, task, &gate, Hook::TaskCreate).await
         }
         None => {
             task.go(Status::Pending)?;

@@ -28,6 +28,13 @@ pub struct AgentRow {
     pub updated_at: DateTime<Utc>,
 }
 
+impl AgentRow {
+    /// A member of its definition that is a whole number, if it has it.
+    pub fn number(&self, member: &str) -> Option<u64> {
+        self.definition.get(member)?.as_u64()
+    }
+}
+
 /// An agent to be made.
 #[derive(Debug)]
 pub struct NewAgent<'a> {

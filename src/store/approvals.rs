@@ -256,15 +256,22 @@ impl ProjectTx {
         .await?)
     }
 
-    /// Withdraws the requests of a task that ended or went on without them, and returns which.
+    /// Closes the requests of a task that nobody has answered and nobody can any more, and returns which. `status`, `by` and `note` are what
+    /// they show from then on.
     ///
     /// # Errors
     /// When the database refuses.
-    pub async fn withdraw_approvals(&mut self, task: Id<ids::Task>) -> Result<Vec<Id<Approval>>> {
+    pub async fn close_approvals(
+        &mut self,
+        task: Id<ids::Task>,
+        status: &str,
+        by: &str,
+        note: &str,
+    ) -> Result<Vec<Id<Approval>>> {
         let gone = sqlx::query_scalar!(
             "with gone as (
                 update approvals
-                set status = 'rejected', resolved_at = clock_timestamp(), resolved_by = 'engine', note = 'The task went on without it.'
+                set status = $3, resolved_at = clock_timestamp(), resolved_by = $4, note = $5
                 where project_id = $1 and task_id = $2 and status = 'pending'
                 returning id
             ), called_off as (
@@ -272,7 +279,10 @@ impl ProjectTx {
             )
             select id from gone",
             self.db.project,
-            task.uuid()
+            task.uuid(),
+            status,
+            by,
+            note
         )
         .fetch_all(self.open().await?)
         .await?;

@@ -704,7 +704,13 @@ impl ProjectTx {
     /// # Errors
     /// When the database refuses.
     pub async fn save_ended_tasks(&mut self, tasks: &mut [Task]) -> Result<()> {
-        let at = to_micros(Utc::now());
+        // Later than before, whatever the clock says: it tells versions apart.
+        let last = tasks.iter().map(|task| task.updated_at).max();
+        let next = last.map(|at| at + chrono::TimeDelta::microseconds(1));
+        let at = next.map_or_else(Utc::now, |next| to_micros(Utc::now()).max(next));
+        for task in &mut *tasks {
+            task.updated_at = at;
+        }
         let ids: Vec<Uuid> = tasks.iter().map(|task| task.id.uuid()).collect();
         let statuses: Vec<String> = tasks
             .iter()

@@ -4,6 +4,8 @@ use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+use crate::event::as_timestamp;
+
 /// Whether the engine may correct an expectation that turns out to be wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
@@ -264,7 +266,25 @@ fn yes() -> bool {
     true
 }
 
+impl OutcomeKind {
+    /// Its name on the wire.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::File => "file",
+            Self::Text => "text",
+            Self::Url => "url",
+            Self::Json => "json",
+            Self::Media => "media",
+        }
+    }
+}
+
 impl ExpectedOutcome {
+    /// Whether this is it: by its label, and as the kind of thing that it is to be.
+    pub fn is_met_by(&self, outcome: &Outcome) -> bool {
+        (self.kind, self.label.as_str()) == (outcome.kind, outcome.label.as_str())
+    }
+
     /// Reads a list of them; absent and null are `None`.
     ///
     /// # Errors
@@ -328,6 +348,7 @@ pub struct Outcome {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub produced_by: Option<String>,
     /// When it was made.
+    #[serde(serialize_with = "as_timestamp")]
     pub produced_at: DateTime<Utc>,
     /// Labels.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

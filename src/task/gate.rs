@@ -3,8 +3,8 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::Task;
 use super::expression::{check_expression, holds};
+use super::{Status, Task};
 
 /// Where a gate can stand.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
@@ -16,7 +16,7 @@ pub enum Hook {
     /// Before an agent begins.
     #[serde(rename = "task:spawn", alias = "task:assign")]
     TaskSpawn,
-    /// Before a task becomes `assigned` or `done`.
+    /// Before any step of a task that the engine takes: `data.from` and `data.to` say which.
     #[serde(rename = "task:transition")]
     TaskTransition,
     /// Before a task is done.
@@ -151,6 +151,21 @@ pub struct Gate {
     pub include_outcomes: Option<bool>,
 }
 
+/// A gate that stands in the way.
+#[derive(Debug, Clone)]
+pub struct Closed {
+    /// Which.
+    pub gate: Gate,
+    /// Why its condition could not be told, if that is what closed it.
+    pub fault: Option<String>,
+}
+
+impl From<Gate> for Closed {
+    fn from(gate: Gate) -> Self {
+        Self { gate, fault: None }
+    }
+}
+
 /// Rejections of one task when a gate says nothing of it.
 const MAX_REVISIONS: u32 = 3;
 
@@ -232,46 +247,59 @@ impl Gate {
         })
     }
 
-    /// Whether it stands in the way. A condition that cannot be evaluated closes the gate: better a question
-    /// too many than an action that nobody allowed.
-    pub fn is_closed(&self, context: &Value) -> bool {
-        let holds = self
-            .condition
-            .as_ref()
-            .map(|condition| holds(&condition.expression, context));
-        match (self.handler, holds) {
-            (GateHandler::Human, None) => true,
-            (GateHandler::Auto, None) => false,
-            (_, Some(Ok(holds))) => holds,
-            (_, Some(Err(reason))) => {
-                tracing::warn!(
-                    gate = self.id,
-                    "a gate's condition cannot be evaluated: {reason}"
-                );
-                true
-            }
-        }
+    /// This gate if it stands in the way. A condition that cannot be evaluated closes it: better a question too many than an action that
+    /// nobody allowed. Whoever is asked is told so.
+    pub(super) fn if_closed(&self, context: &Value) -> Option<Closed> {
+        let fault = match (&self.condition, self.handler) {
+            (None, GateHandler::Human) => None,
+            (None, GateHandler::Auto) => return None,
+            (Some(condition), _) => match holds(&condition.expression, context) {
+                Ok(false) => return None,
+                Ok(true) => None,
+                Err(reason) => Some(reason),
+            },
+        };
+        let gate = self.clone();
+        Some(Closed { gate, fault })
     }
 
     /// The gate that stands in a task's way at a hook, if one does. Conditions see `data` besides the task.
-    pub fn closed<'a>(
-        gates: &'a [Self],
-        hook: Hook,
-        task: &Task,
-        data: &Value,
-    ) -> Option<&'a Self> {
+    pub fn closed(gates: &[Self], hook: Hook, task: &Task, data: &Value) -> Option<Closed> {
         let passed = &task.document.passed_gates;
         Self::first_closed(gates, hook, passed, || context(task, hook, data))
     }
 
+    /// The gate that stands in a task's way to another status: at the hook that is before such a step, or at one before all.
+    pub fn closed_on_the_way(
+        gates: &[Self],
+        hook: Hook,
+        task: &Task,
+        (from, to): (Status, Status),
+        data: &Value,
+    ) -> Option<Closed> {
+        let step = || {
+            let mut step = json!({"from": from, "to": to, "agent": task.assign_to});
+            if let (Some(step), Some(data)) = (step.as_object_mut(), data.as_object()) {
+                step.extend(data.clone());
+            }
+            step
+        };
+        if gates.is_empty() {
+            return None;
+        }
+        let data = step();
+        Self::closed(gates, hook, task, &data)
+            .or_else(|| Self::closed(gates, Hook::TaskTransition, task, &data))
+    }
+
     /// The gate that stands in a mission's way at a hook, if one does: none of those in `passed`. `mission` is what conditions see of it.
-    pub fn closed_for_mission<'a>(
-        gates: &'a [Self],
+    pub fn closed_for_mission(
+        gates: &[Self],
         hook: Hook,
         passed: &[String],
         mission: &Value,
         data: &Value,
-    ) -> Option<&'a Self> {
+    ) -> Option<Closed> {
         Self::first_closed(
             gates,
             hook,
@@ -280,12 +308,12 @@ impl Gate {
         )
     }
 
-    fn first_closed<'a>(
-        gates: &'a [Self],
+    fn first_closed(
+        gates: &[Self],
         hook: Hook,
         passed: &[String],
         context: impl FnOnce() -> Value,
-    ) -> Option<&'a Self> {
+    ) -> Option<Closed> {
         let mut there: Vec<&Self> = gates
             .iter()
             .filter(|gate| gate.hook == hook && !passed.contains(&gate.id))
@@ -295,7 +323,7 @@ impl Gate {
         }
         there.sort_by_key(|gate| gate.priority.unwrap_or(50));
         let seen = context();
-        there.into_iter().find(|gate| gate.is_closed(&seen))
+        there.into_iter().find_map(|gate| gate.if_closed(&seen))
     }
 }
 
@@ -333,10 +361,16 @@ mod tests {
             ("auto", Some("data.n"), true),
         ] {
             assert_eq!(
-                gate(handler, expression).is_closed(&context),
+                gate(handler, expression).if_closed(&context).is_some(),
                 closed,
                 "{handler} {expression:?}"
             );
         }
+        let fault = |expression| {
+            let closed = gate("auto", Some(expression)).if_closed(&context);
+            closed.unwrap().fault
+        };
+        assert_eq!(fault("task.priority > 4.0"), None);
+        assert!(fault("task.nothing.here == 1").is_some());
     }
 }

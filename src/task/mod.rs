@@ -22,7 +22,7 @@ pub use expectation::{
     Confidence, Dimension, Expectation, ExpectedOutcome, Outcome, OutcomeKind, refuse_metrics,
 };
 pub use expression::{check_expression, holds};
-pub use gate::{Gate, GateHandler, Hook, LONGEST_TIME, ON_TIMEOUT, OnTimeout};
+pub use gate::{Closed, Gate, GateHandler, Hook, LONGEST_TIME, ON_TIMEOUT, OnTimeout};
 pub use policy::{Failure, Follow, Level, backoff};
 pub use review::{
     Assessment, Check, DEFAULT_THRESHOLD, REVIEWERS, Review, Score, Trigger, answer_schema,
@@ -232,6 +232,14 @@ mod stored_expectations {
     }
 }
 
+/// The events that show the whole task.
+const SHOWN_IN: [&str; 4] = [
+    "task:created",
+    "task:updated",
+    "task:transition",
+    "task:completed",
+];
+
 /// The run of a mission that a task belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Place {
@@ -321,9 +329,25 @@ impl Task {
         self.status
     }
 
-    /// Takes what has happened to it, to be stored with it.
+    /// Takes what has happened to it, to be stored with it. Those that show the task show it as it is stored, but for where it stood on the
+    /// way there.
     pub fn take_events(&mut self) -> Vec<Event> {
-        std::mem::take(&mut self.events)
+        let mut events = std::mem::take(&mut self.events);
+        let mut shown = events
+            .iter_mut()
+            .filter(|event| SHOWN_IN.contains(&event.name));
+        let Some(first) = shown.next() else {
+            return events;
+        };
+        let view = self.view();
+        for event in std::iter::once(first).chain(shown) {
+            let mut view = view.clone();
+            if let Some(to) = event.payload.get("to") {
+                view["status"] = to.clone();
+            }
+            event.payload.insert("task".to_owned(), view);
+        }
+        events
     }
 
     /// Adds what has happened to it.
@@ -335,16 +359,15 @@ impl Task {
         self.events.push(Event::new(name, whole));
     }
 
-    /// Adds the event that shows the whole task.
+    /// Tells of a new task. It comes into being where it stands: it has not moved.
     pub fn tell_created(&mut self) {
-        let payload = json!({"task": self.view()});
-        self.tell("task:created", payload);
+        self.events.clear();
+        self.tell("task:created", json!({}));
     }
 
     /// Adds the event that a field changed.
     pub fn tell_updated(&mut self) {
-        let payload = json!({"task": self.view()});
-        self.tell("task:updated", payload);
+        self.tell("task:updated", json!({}));
     }
 
     /// Takes a step of the table.
@@ -392,13 +415,21 @@ impl Task {
         Ok(())
     }
 
-    /// A passing second assessment of failed work: through every state to `done`, told as one change.
+    /// A passing second assessment of failed work: through every state to `done`, each told (contract 2.6.6).
     pub fn redeem(&mut self) -> bool {
         if self.status != Status::Failed {
             return false;
         }
         self.document.retries += 1;
-        self.enter(Status::Done);
+        for status in [
+            Status::Pending,
+            Status::Assigned,
+            Status::InProgress,
+            Status::Review,
+            Status::Done,
+        ] {
+            self.enter(status);
+        }
         true
     }
 
@@ -408,12 +439,22 @@ impl Task {
             self.document.phase = None;
             self.held = false;
         }
-        let payload =
-            json!({"from": from, "to": to, "agentName": self.assign_to, "task": self.view()});
+        let payload = json!({"from": from, "to": to, "agentName": self.assign_to});
         self.tell("task:transition", payload);
         if to == Status::Done {
-            let payload = json!({"status": to, "agentName": self.assign_to, "task": self.view()});
+            let payload = json!({"status": to, "agentName": self.assign_to});
             self.tell("task:completed", payload);
+        }
+    }
+
+    /// What its agent is told to do: the description, and what was wrong with the attempt before (contract 2.6.4).
+    pub fn instructions(&self) -> String {
+        let description = &self.document.description;
+        match &self.document.feedback {
+            None => description.clone(),
+            Some(feedback) => {
+                format!("{description}\n\nAn earlier attempt was not good enough: {feedback}")
+            }
         }
     }
 
@@ -429,7 +470,7 @@ impl Task {
         let mut view = json!({
             "id": self.id,
             "title": self.title,
-            "description": document.description,
+            "description": self.instructions(),
             "assignTo": self.assign_to,
             "status": self.status,
             "priority": document.priority,
@@ -445,11 +486,13 @@ impl Task {
             "sideEffects": document.side_effects,
             "outcomes": document.outcomes,
         });
+        let first = document.feedback.is_some().then_some(&document.description);
+        let original = document.original_description.as_ref().or(first);
         let optional = [
             ("phase", json!(document.phase)),
             ("group", json!(self.group)),
             ("missionId", json!(self.mission.map(|place| place.mission))),
-            ("originalDescription", json!(document.original_description)),
+            ("originalDescription", json!(original)),
             ("expectedOutcomes", json!(document.expected_outcomes)),
             ("maxDuration", json!(document.max_duration)),
             ("retryPolicy", json!(document.retry_policy)),
@@ -537,12 +580,15 @@ mod tests {
                 prop_assert_eq!(task.document.retries, retries + u32::from(took && counts));
                 let events = task.take_events();
                 let changes: Vec<&Event> = events.iter().filter(|event| event.name == "task:transition").collect();
-                prop_assert_eq!(changes.len(), usize::from(took));
-                if took {
-                    prop_assert_eq!(&changes[0].payload["from"], told.as_str());
-                    prop_assert_eq!(&changes[0].payload["to"], task.status().as_str());
-                    told = task.status();
-                } else {
+                prop_assert_eq!(!changes.is_empty(), took);
+                prop_assert!(changes.len() <= 1 || matches!(act, Act::Redeem));
+                for change in changes {
+                    prop_assert_eq!(&change.payload["from"], told.as_str());
+                    prop_assert_eq!(&change.payload["task"]["status"], &change.payload["to"]);
+                    told = Status::of(change.payload["to"].as_str().unwrap()).unwrap();
+                }
+                prop_assert_eq!(task.status(), told);
+                if !took {
                     prop_assert_eq!(task.status(), before);
                 }
                 let completed = events.iter().any(|event| event.name == "task:completed");
@@ -594,5 +640,10 @@ mod tests {
         task.rewrite("three".to_owned());
         assert_eq!(task.document.original_description.as_deref(), Some("one"));
         assert_eq!(task.view()["description"], "three");
+        task.document.feedback = Some("too long".to_owned());
+        let view = task.view();
+        assert_eq!(view["originalDescription"], "one");
+        let told = view["description"].as_str().unwrap();
+        assert!(told.starts_with("three\n\n") && told.ends_with("too long"));
     }
 }

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::expectation::{Confidence, Dimension, Outcome};
+use crate::event::as_timestamp;
 
 /// How many look at the work, independently of each other.
 pub const REVIEWERS: usize = 3;
@@ -352,7 +353,7 @@ pub struct Assessment {
     /// Whether every check passed.
     pub passed: bool,
     /// When.
-    #[serde(serialize_with = "at")]
+    #[serde(serialize_with = "as_timestamp")]
     pub timestamp: DateTime<Utc>,
     /// Why it was judged.
     pub trigger: Trigger,
@@ -370,10 +371,6 @@ pub struct Assessment {
     /// The first review's weighted score.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub global_score: Option<f64>,
-}
-
-fn at<S: serde::Serializer>(at: &DateTime<Utc>, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_str(&crate::event::timestamp(*at))
 }
 
 /// Puts checks together. Work whose run did not succeed fails even if every check passes.

@@ -416,7 +416,7 @@ mod tests {
                 (
                     gate.id.as_str(),
                     gate.hook.as_str(),
-                    gate.is_closed(&json!({})),
+                    gate.if_closed(&json!({})).is_some(),
                 )
             })
             .collect();
@@ -430,6 +430,6 @@ mod tests {
         );
         let nonsense = json!({"approvalGates": "none"});
         let settings = Settings::restored(nonsense.as_object().unwrap());
-        assert!(settings.approval_gates[0].is_closed(&json!({})));
+        assert!(settings.approval_gates[0].if_closed(&json!({})).is_some());
     }
 }

@@ -3,13 +3,13 @@
 use std::sync::{Arc, LazyLock};
 
 use async_trait::async_trait;
-use chrono::Utc;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::agent::Toolbox;
 use crate::llm::{Tool, ToolCall};
 use crate::store::{AgentRow, ProjectDb};
+use crate::task::ExpectedOutcome;
 
 mod http_fetch;
 mod memory;
@@ -59,12 +59,13 @@ pub struct ServerTools {
     agent: String,
     fetcher: Fetcher,
     tools: Vec<Arc<Tool>>,
+    expected: Vec<ExpectedOutcome>,
 }
 
 impl ServerTools {
     /// The tools that an agent's `allowedTools` admits in a chat.
     pub fn of(db: ProjectDb, agent: &AgentRow, fetcher: Fetcher) -> Self {
-        let mut tools = Self::in_task(db, agent, fetcher, false);
+        let mut tools = Self::in_task(db, agent, fetcher, Vec::new());
         tools
             .tools
             .retain(|tool| tool.name != register_outcome::NAME);
@@ -77,8 +78,9 @@ impl ServerTools {
         db: ProjectDb,
         agent: &AgentRow,
         fetcher: Fetcher,
-        expects_outcomes: bool,
+        expected: Vec<ExpectedOutcome>,
     ) -> Self {
+        let expects_outcomes = !expected.is_empty();
         let allowed = agent.definition.get("allowedTools");
         let tools = TOOLS
             .iter()
@@ -93,6 +95,7 @@ impl ServerTools {
             agent: agent.name.clone(),
             fetcher,
             tools,
+            expected,
         }
     }
 
@@ -118,8 +121,7 @@ impl Toolbox for ServerTools {
         }
         match call.name.as_str() {
             http_fetch::NAME => self.fetcher.call(call).await,
-            register_outcome::NAME => outcome_of(call, Utc::now())
-                .map(|outcome| format!("\"{}\" is registered.", outcome.label)),
+            register_outcome::NAME => register_outcome::call(call, &self.expected),
             _ => memory::call(&self.db, &self.agent, call).await,
         }
         .map(cut)

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::arguments;
 use crate::ids::{self, Id};
 use crate::llm::{Tool, ToolCall};
-use crate::task::{Outcome, OutcomeKind};
+use crate::task::{ExpectedOutcome, Outcome, OutcomeKind};
 
 pub(super) const NAME: &str = "register_outcome";
 
@@ -42,6 +42,20 @@ pub(super) fn tool() -> Tool {
                 "tags": {"type": "array", "items": {"type": "string"}},
             },
         }),
+    }
+}
+
+/// Takes what a call hands over, unless the task expects something else under its label.
+pub(super) fn call(call: &ToolCall, expected: &[ExpectedOutcome]) -> Result<String, String> {
+    let outcome = outcome_of(call, Utc::now())?;
+    let named = |one: &&ExpectedOutcome| one.label == outcome.label;
+    match expected.iter().find(named) {
+        Some(expected) if !expected.is_met_by(&outcome) => Err(format!(
+            "The outcome \"{}\" is expected as `{}`: hand it over as that.",
+            expected.label,
+            expected.kind.as_str()
+        )),
+        _ => Ok(format!("\"{}\" is registered.", outcome.label)),
     }
 }
 

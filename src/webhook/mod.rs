@@ -49,6 +49,7 @@ const NAMESPACES: &[&str] = &[
     "session",
     "message",
     "webhook",
+    "config",
 ];
 
 /// Checks what a webhook is to listen to: `*`, `<namespace>:*`, or events' names (contract 2.10).

@@ -7,7 +7,7 @@ use futures::StreamExt;
 use serde_json::Value;
 
 use super::record::without_nul;
-use super::task::named_model;
+use super::task::{Model, named_model};
 use super::{Held, Result, WorkError};
 use crate::agent::{self, Course, OutputFormat, Repair, Toolbox, TurnError, TurnEvent};
 use crate::app::call_usage;
@@ -98,7 +98,11 @@ pub(super) async fn pose(held: &Held, question: Question<'_>) -> Result<Answer> 
         return Err(WorkError::LeaseLost);
     }
     let mut stopped = held.app.db.wait(Topic::Stop(held.lease.job.subject()));
-    let (provider, name, model) = match named_model(held, question.model).await? {
+    let Model {
+        provider,
+        name,
+        id: model,
+    } = match named_model(held, question.model).await? {
         Ok(model) => model,
         Err(cause) => return Ok(Answer::none(cause)),
     };

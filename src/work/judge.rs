@@ -9,12 +9,12 @@ use serde_json::{Value, json};
 
 use super::ask::{Answer, Question, ask, pose};
 use super::record::record;
-use super::task::{commit, pass, pause};
+use super::task::{commit, pause};
 use super::{Held, Result, WorkError, question};
 use crate::app;
 use crate::event::Event;
 use crate::ids::{self, Id, Run};
-use crate::lifecycle::{self, Aftermath, after_failure};
+use crate::lifecycle::{self, after_failure};
 use crate::store::{CallUsage, NewStep, StepKind, StoreError, storable};
 use crate::task::{
     Assessment, Bypass, Check, Confidence, Dimension, Expectation, Failure, Gate, Hook, REVIEWERS,
@@ -34,14 +34,13 @@ pub(super) async fn review(held: &Held, task: Task) -> Result<Option<Task>> {
     if stands_before(held, &task, &settings, Hook::AssessmentRun, &json!({})).await? {
         return Ok(None);
     }
-    let (task, verdict) = if task.document.expectations.is_empty() {
-        (task, None)
+    let judged = if task.document.expectations.is_empty() {
+        None
     } else {
         let trigger = trigger_of(&task);
-        let (task, verdict) = assess(held, task, &settings, trigger).await?;
-        (task, Some(verdict))
+        Some(assess(held, &task, &settings, trigger).await?)
     };
-    settle(held, &task, verdict, &settings).await
+    settle(held, &task, judged, &settings).await
 }
 
 /// Whether a gate stops the judgement; then the task waits for a person.
@@ -52,7 +51,7 @@ async fn stands_before(
     hook: Hook,
     data: &Value,
 ) -> Result<bool> {
-    let Some(gate) = Gate::closed(&settings.approval_gates, hook, task, data) else {
+    let Some(closed) = Gate::closed(&settings.approval_gates, hook, task, data) else {
         return Ok(false);
     };
     let db = &held.lease.db;
@@ -61,7 +60,7 @@ async fn stands_before(
     if task.go(Status::AwaitingApproval).is_err() {
         return Err(WorkError::LeaseLost);
     }
-    lifecycle::request_approval(&mut tx, &mut task, gate, hook).await?;
+    lifecycle::request_approval(&mut tx, &mut task, &closed, hook).await?;
     lifecycle::save(&mut tx, db, &mut task).await?;
     tx.complete(&held.lease).await?;
     tx.commit().await?;
@@ -80,7 +79,7 @@ fn trigger_of(task: &Task) -> Trigger {
 async fn settle(
     held: &Held,
     before: &Task,
-    verdict: Option<Assessment>,
+    judged: Option<Judged>,
     settings: &Settings,
 ) -> Result<Option<Task>> {
     let db = &held.lease.db;
@@ -90,32 +89,25 @@ async fn settle(
         return Err(WorkError::LeaseLost);
     }
     task.document.may_be_question = false;
-    task.document
-        .expectations
-        .clone_from(&before.document.expectations);
-    let Some(verdict) = verdict else {
-        let aftermath = pass(held, &mut tx, &mut task, settings).await?;
+    let Some(judged) = judged else {
+        let aftermath = lifecycle::complete(&mut tx, db, &mut task, settings).await?;
         return commit(held, tx, task, aftermath).await;
     };
-    tell_verdict(&mut task, &verdict);
+    judged.enter_in(&mut task);
+    let verdict = judged.verdict;
     let data = json!(verdict);
-    if let Some(result) = &mut task.document.result {
-        result.assessment = Some(data.clone());
-    }
+    task.document.expectations = judged.expectations;
     let aftermath = match Gate::closed(
         &settings.approval_gates,
         Hook::AssessmentComplete,
         &task,
         &data,
     ) {
-        Some(gate) => {
-            task.go(Status::AwaitingApproval)
-                .map_err(|error| WorkError::Defect(error.into()))?;
-            lifecycle::request_approval(&mut tx, &mut task, gate, Hook::AssessmentComplete).await?;
-            lifecycle::save(&mut tx, db, &mut task).await?;
-            Aftermath::Rests
+        Some(closed) => {
+            let hook = Hook::AssessmentComplete;
+            lifecycle::wait_for_person(&mut tx, db, &mut task, &closed, hook).await?
         }
-        None if verdict.passed => pass(held, &mut tx, &mut task, settings).await?,
+        None if verdict.passed => lifecycle::complete(&mut tx, db, &mut task, settings).await?,
         None => {
             let feedback = verdict.feedback();
             after_failure(
@@ -133,17 +125,34 @@ async fn settle(
     commit(held, tx, task, aftermath).await
 }
 
-fn tell_verdict(task: &mut Task, verdict: &Assessment) {
-    let message = verdict
-        .checks
-        .iter()
-        .find(|check| !check.passed)
-        .map(|check| check.message.clone());
-    let told = json!({
-        "passed": verdict.passed, "scores": verdict.scores, "globalScore": verdict.global_score, "message": message,
-    });
-    task.tell("assessment:completed", told.clone());
-    task.tell("assessment:complete", told);
+/// What came of an assessment.
+struct Judged {
+    verdict: Assessment,
+    /// The verdict before expectations were corrected, if they were.
+    before: Option<Assessment>,
+    /// The expectations as they were judged by in the end.
+    expectations: Vec<Expectation>,
+}
+
+impl Judged {
+    /// Tells the verdict, and puts it into the task's result; those before it are history.
+    fn enter_in(&self, task: &mut Task) {
+        let verdict = &self.verdict;
+        let failed = verdict.checks.iter().find(|check| !check.passed);
+        let told = json!({
+            "passed": verdict.passed, "scores": verdict.scores, "globalScore": verdict.global_score,
+            "message": failed.map(|check| &check.message),
+        });
+        task.tell("assessment:completed", told.clone());
+        task.tell("assessment:complete", told);
+        if let Some(result) = &mut task.document.result {
+            let earlier = result.assessment.replace(json!(verdict));
+            let replaced = self.before.as_ref().map(|verdict| json!(verdict));
+            result
+                .assessment_history
+                .extend(earlier.into_iter().chain(replaced));
+        }
+    }
 }
 
 /// Judges finished work again, because someone asked (contract 2.6.6).
@@ -151,30 +160,23 @@ pub(super) async fn reassess(held: &Held, id: Id<ids::Task>) -> Result<()> {
     let db = &held.lease.db;
     let settings = db.settings().await?;
     let before = db.task(id).await?;
-    let asked_about = before.document.expectations.clone();
     let judged = if before.status().is_terminal() && !before.document.expectations.is_empty() {
-        Some(assess(held, before, &settings, Trigger::Reassess).await?)
+        Some(assess(held, &before, &settings, Trigger::Reassess).await?)
     } else {
         None
     };
     let mut tx = db.begin();
     let mut task = tx.lock_task(id).await?;
     tx.complete(&held.lease).await?;
-    if let Some((before, verdict)) = judged
+    if let Some(judged) = judged
         && task.status() == before.status()
     {
+        judged.enter_in(&mut task);
         // Corrections are of what was asked about; whoever gave it others meanwhile has the last word.
-        if task.document.expectations == asked_about {
-            task.document
-                .expectations
-                .clone_from(&before.document.expectations);
+        if task.document.expectations == before.document.expectations {
+            task.document.expectations = judged.expectations;
         }
-        tell_verdict(&mut task, &verdict);
-        if let Some(result) = &mut task.document.result {
-            let earlier = result.assessment.replace(json!(verdict));
-            result.assessment_history.extend(earlier);
-        }
-        match (task.status(), verdict.passed) {
+        match (task.status(), judged.verdict.passed) {
             (Status::Failed, true) => {
                 task.redeem();
             }
@@ -231,19 +233,17 @@ struct Sitting<'a> {
 }
 
 /// Judges a task's work by its expectations; they may come back corrected.
-async fn assess(
-    held: &Held,
-    mut task: Task,
-    settings: &Settings,
-    trigger: Trigger,
-) -> Result<(Task, Assessment)> {
+async fn assess(held: &Held, task: &Task, settings: &Settings, trigger: Trigger) -> Result<Judged> {
     let Some(run) = task.run else {
         // Work without a run is work that never began.
-        let verdict = assessment(trigger, Utc::now(), false, Vec::new());
-        return Ok((task, verdict));
+        return Ok(Judged {
+            verdict: assessment(trigger, Utc::now(), false, Vec::new()),
+            before: None,
+            expectations: task.document.expectations.clone(),
+        });
     };
-    emit(held, vec![("assessment:started", json!({}))], &task).await?;
-    let model = judge_model(held, &task, settings).await?;
+    emit(held, vec![("assessment:started", json!({}))], task).await?;
+    let model = judge_model(held, task, settings).await?;
     let history = task
         .document
         .result
@@ -254,34 +254,29 @@ async fn assess(
     let round = |attempt| format!("{name}-{history}-{attempt}");
     let mut attempt = 0;
     let mut verdict = loop {
-        let verdict = sit(held, &task, run, round(attempt), &model, trigger).await?;
+        let verdict = sit(held, task, run, round(attempt), &model, trigger).await?;
         if !verdict.is_empty_handed() || attempt >= settings.max_assessment_retries {
             break verdict;
         }
         attempt += 1;
     };
+    let (mut before, mut corrected) = (None, task.clone());
     if !verdict.passed
         && settings.auto_correct_expectations
-        && let Some(corrections) = correct(held, &mut task, settings, &verdict).await?
+        && let Some(corrections) = correct(held, &mut corrected, settings, &verdict).await?
     {
-        emit(
-            held,
-            vec![("assessment:corrected", json!({"corrections": corrections}))],
-            &task,
-        )
-        .await?;
+        let told = json!({"corrections": corrections});
+        emit(held, vec![("assessment:corrected", told)], task).await?;
         // The reviewers' words stand; what they are measured by has changed.
-        verdict = sit(
-            held,
-            &task,
-            run,
-            round(attempt),
-            &model,
-            Trigger::AutoCorrect,
-        )
-        .await?;
+        let trigger = Trigger::AutoCorrect;
+        let again = sit(held, &corrected, run, round(attempt), &model, trigger).await?;
+        before = Some(std::mem::replace(&mut verdict, again));
     }
-    Ok((task, verdict))
+    Ok(Judged {
+        verdict,
+        before,
+        expectations: corrected.document.expectations,
+    })
 }
 
 async fn judge_model(held: &Held, task: &Task, settings: &Settings) -> Result<String> {

@@ -24,6 +24,7 @@ use crate::store::{Claimed, Holder, Job, Lane, Lease, SUSPENDED, StoreError, Wor
 
 mod ask;
 mod blocked;
+mod conclusion;
 mod courier;
 mod execution;
 mod judge;

@@ -7,7 +7,8 @@ use chrono::Utc;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use super::execution::{Patience, open_calls};
+use super::conclusion::Patience;
+use super::execution::open_calls;
 use super::{Held, Result, WorkError};
 use crate::agent::{Compaction, Step, ToolState, ToolUse, Toolbox, TurnEvent};
 use crate::app::call_usage;
@@ -41,7 +42,7 @@ pub(super) struct Recorder<'a> {
     /// What was handed over.
     pub(super) outcomes: Vec<Outcome>,
     /// What can be called, where an agent is at work.
-    pub(super) toolbox: Option<Arc<dyn Toolbox>>,
+    toolbox: Option<Arc<dyn Toolbox>>,
     /// Calls of the last answer that have no result.
     waiting: Vec<ToolCall>,
     /// Steps that are recorded with the next one, and what is told of them.
@@ -57,13 +58,13 @@ pub(super) struct Recorder<'a> {
 }
 
 impl<'a> Recorder<'a> {
-    pub(super) fn new(held: &'a Held, task: &Task, run: Id<Run>, model: String) -> Self {
+    pub(super) fn new(held: &'a Held, task: &Task, run: Id<Run>) -> Self {
         Self {
             held,
             task: task.id,
             agent: task.assign_to.clone(),
             run,
-            model,
+            model: String::new(),
             number: 0,
             turns: 0,
             tool_calls: 0,
@@ -78,6 +79,12 @@ impl<'a> Recorder<'a> {
             written: 0,
             written_at: None,
         }
+    }
+
+    /// Says what the agent works with.
+    pub(super) fn work_with(&mut self, model: &str, toolbox: Arc<dyn Toolbox>) {
+        model.clone_into(&mut self.model);
+        self.toolbox = Some(toolbox);
     }
 
     /// Takes in an event of the turn; true when a step is on record because of it.
@@ -198,9 +205,9 @@ impl<'a> Recorder<'a> {
         record(self.held, self.run, &steps, &told).await
     }
 
-    /// Takes the step that ended the turn, to look at; it stays to be recorded.
-    pub(super) fn take_last(&self) -> Option<Step> {
-        self.last.clone()
+    /// The step that ended the turn.
+    pub(super) fn last(&self) -> Option<&Step> {
+        self.last.as_ref()
     }
 
     /// The step that ended the turn, as it is recorded with the run's end.

@@ -9,7 +9,7 @@ use serde_json::json;
 use super::{Held, Result, WorkError, execution, judge, question};
 use crate::app::{self, ModelError};
 use crate::ids::{self, Id};
-use crate::lifecycle::{self, Aftermath, complete};
+use crate::lifecycle::{self, Aftermath};
 use crate::llm::Provider;
 use crate::store::{AgentRow, Job, Need, ProjectDb, ProjectTx, StoreError};
 use crate::task::{
@@ -165,8 +165,8 @@ async fn start(
         lifecycle::save(tx, db, &mut task).await?;
         return Ok(Next::Review(Box::new(task)));
     }
-    let agent = match ready_agent(held, &task, settings).await? {
-        Ok(agent) => agent,
+    let agent = match agent_with_model(held, &task, settings).await? {
+        Ok((agent, _)) => agent,
         Err(cause) => {
             fail_before_begin(held, tx, &mut task, cause).await?;
             return Ok(Next::Nothing);
@@ -184,12 +184,14 @@ async fn start(
         return Ok(Next::Nothing);
     }
     // Whoever was let through another gate is asked about at these all the same.
-    let data = json!({"from": Status::Pending, "to": Status::Assigned, "agent": agent.name});
-    for hook in [Hook::TaskSpawn, Hook::TaskTransition] {
-        if let Some(gate) = Gate::closed(&settings.approval_gates, hook, &task, &data) {
-            illegal(task.go(Status::AwaitingApproval))?;
-            lifecycle::request_approval(tx, &mut task, gate, hook).await?;
-            lifecycle::save(tx, db, &mut task).await?;
+    let (gates, nothing) = (&settings.approval_gates, json!({}));
+    for step in [
+        (Status::Pending, Status::Assigned),
+        (Status::Assigned, Status::InProgress),
+    ] {
+        let hook = Hook::TaskSpawn;
+        if let Some(closed) = Gate::closed_on_the_way(gates, hook, &task, step, &nothing) {
+            lifecycle::wait_for_person(tx, db, &mut task, &closed, hook).await?;
             tx.complete(&held.lease).await?;
             return Ok(Next::Nothing);
         }
@@ -253,7 +255,7 @@ async fn spawn(
     let begun = match task.run {
         // It was paused.
         Some(run) => {
-            tx.go_on_with_run(run, &task.document.description).await?;
+            tx.go_on_with_run(run, &task.instructions()).await?;
             None
         }
         None => {
@@ -261,8 +263,7 @@ async fn spawn(
             let (run, now) = (Id::new(), Utc::now());
             task.run = Some(run);
             task.document.session = Some(run.into());
-            let said = task.document.description.as_str();
-            tx.begin_run(run, task.id, agent.id, said, now);
+            tx.begin_run(run, task.id, agent.id, &task.instructions(), now);
             Some(now)
         }
     };
@@ -273,12 +274,22 @@ async fn spawn(
     Ok(begun)
 }
 
+/// A model that a task runs with.
+pub(super) struct Model {
+    /// Who serves it.
+    pub(super) provider: Arc<dyn Provider>,
+    /// Its name in the project.
+    pub(super) name: String,
+    /// Its name with its provider.
+    pub(super) id: String,
+}
+
 /// The task's agent with a model that can be asked, or why there is none.
-async fn ready_agent(
+pub(super) async fn agent_with_model(
     held: &Held,
     task: &Task,
     settings: &Settings,
-) -> Result<std::result::Result<Arc<AgentRow>, String>> {
+) -> Result<std::result::Result<(Arc<AgentRow>, Model), String>> {
     let agent = match held.lease.db.agent(&task.assign_to).await {
         Ok(agent) => agent,
         Err(StoreError::NotFound) => {
@@ -289,28 +300,10 @@ async fn ready_agent(
         }
         Err(error) => return Err(error.into()),
     };
-    match model(held, task, &agent, settings).await? {
-        Ok(_) => Ok(Ok(agent)),
-        Err(cause) => Ok(Err(cause)),
-    }
-}
-
-/// A model that a task runs with: who serves it, its name in the project, its name there.
-pub(super) type Model = (Arc<dyn Provider>, String, String);
-
-/// The model of a task's run, or why it cannot be asked.
-pub(super) async fn model(
-    held: &Held,
-    task: &Task,
-    agent: &AgentRow,
-    settings: &Settings,
-) -> Result<std::result::Result<Model, String>> {
-    let name = task
-        .document
-        .model
-        .as_deref()
-        .unwrap_or_else(|| app::model_of(agent, settings));
-    named_model(held, name).await
+    let own = task.document.model.as_deref();
+    let name = own.unwrap_or_else(|| app::model_of(&agent, settings));
+    let model = named_model(held, name).await?;
+    Ok(model.map(|model| (agent, model)))
 }
 
 /// A model by its name, or why it cannot be asked.
@@ -319,7 +312,11 @@ pub(super) async fn named_model(
     name: &str,
 ) -> Result<std::result::Result<Model, String>> {
     match held.app.resolve(&held.lease.db, name).await {
-        Ok((provider, there)) => Ok(Ok((provider, name.to_owned(), there))),
+        Ok((provider, id)) => Ok(Ok(Model {
+            provider,
+            name: name.to_owned(),
+            id,
+        })),
         Err(ModelError::Unusable(error)) => Ok(Err(format!(
             "The model \"{name}\" cannot be used: {error}."
         ))),
@@ -340,11 +337,8 @@ async fn occupied(
     agent: &AgentRow,
     settings: &Settings,
 ) -> Result<Option<String>> {
-    let most = agent
-        .definition
-        .get("maxConcurrency")
-        .and_then(serde_json::Value::as_i64);
-    if let Some(most) = most {
+    let most = agent.number("maxConcurrency");
+    if let Some(most) = most.and_then(|most| i64::try_from(most).ok()) {
         // Held until the commit, so that two cannot take the last place.
         tx.lock_agent(&agent.name).await?;
         if is_taken(tx, task, Some(&agent.name), most).await? {
@@ -385,16 +379,6 @@ async fn fail_before_begin(
     lifecycle::settle(tx, task).await?;
     lifecycle::save(tx, &held.lease.db, task).await?;
     Ok(())
-}
-
-/// Ends work that passed.
-pub(super) async fn pass(
-    held: &Held,
-    tx: &mut ProjectTx,
-    task: &mut Task,
-    settings: &Settings,
-) -> Result<Aftermath> {
-    Ok(complete(tx, &held.lease.db, task, settings).await?)
 }
 
 /// The pause before an attempt.

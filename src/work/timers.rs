@@ -3,13 +3,13 @@
 use std::time::Duration;
 
 use chrono::Utc;
-use serde_json::json;
 
 use super::{Held, Result};
+use crate::event::Deadline;
 use crate::ids::{self, Approval, Id};
 use crate::lifecycle::{self, Aftermath};
 use crate::store::{ProjectTx, until};
-use crate::task::{Bypass, Gate, Hook, Settings, Status, Task, Violation};
+use crate::task::{Bypass, Gate, Hook, Status, Task, Violation};
 
 /// Looks at a task's deadline: a warning at 80 % of its time, a violation at its end (contract 2.6.4, SLA).
 pub(super) async fn deadline(held: &Held, id: Id<ids::Task>) -> Result<()> {
@@ -27,16 +27,14 @@ pub(super) async fn deadline(held: &Held, id: Id<ids::Task>) -> Result<()> {
         return Ok(());
     };
     let now = Utc::now();
+    let watched = Deadline {
+        of: task.id.to_string(),
+        kind: "task",
+        at: deadline,
+    };
     if now < deadline {
-        let (whole, elapsed) = (deadline - task.created_at, now - task.created_at);
-        #[expect(clippy::cast_precision_loss, reason = "it is a share, for people")]
-        let share = elapsed.num_milliseconds() as f64 / whole.num_milliseconds().max(1) as f64;
         if !std::mem::replace(&mut task.document.sla_warned, true) {
-            let told = json!({
-                "entityId": task.id, "entityType": "task", "deadline": deadline,
-                "elapsed": elapsed.num_milliseconds(), "remaining": (deadline - now).num_milliseconds(),
-                "percentUsed": share,
-            });
+            let told = watched.nears(task.created_at, now);
             task.tell("sla:warning", told);
         }
         tx.put_off(&held.lease, until(deadline, now)).await?;
@@ -46,19 +44,15 @@ pub(super) async fn deadline(held: &Held, id: Id<ids::Task>) -> Result<()> {
     }
     tx.complete(&held.lease).await?;
     task.document.sla_violated = true;
-    let told = json!({
-        "entityId": task.id, "entityType": "task", "deadline": deadline,
-        "overdueMs": (now - deadline).num_milliseconds(),
-    });
-    task.tell("sla:violated", told);
-    let data = json!({"entityType": "task", "deadline": deadline, "overdueMs": (now - deadline).num_milliseconds()});
+    let data = watched.passed(now);
+    task.tell("sla:violated", data.clone());
     let gate = Gate::closed(&settings.approval_gates, Hook::QualitySla, &task, &data);
     match (gate, settings.violation_action) {
         // A person is asked about it already, or has not handed it over yet.
         (Some(_), _) if matches!(task.status(), Status::AwaitingApproval | Status::Draft) => {
             lifecycle::save(&mut tx, db, &mut task).await?;
         }
-        (Some(gate), _) => lifecycle::stop_for_person(&mut tx, db, &mut task, gate).await?,
+        (Some(gate), _) => lifecycle::stop_for_person(&mut tx, db, &mut task, &gate).await?,
         (None, Violation::Notify) => lifecycle::save(&mut tx, db, &mut task).await?,
         (None, Violation::Fail) => {
             lifecycle::stop_at_deadline(&mut tx, db, &mut task).await?;
@@ -74,8 +68,15 @@ pub(super) async fn escalation(held: &Held, id: Id<ids::Task>) -> Result<()> {
     let settings = db.settings().await?;
     let mut tx = db.begin();
     let mut task = tx.lock_task(id).await?;
-    if let Some(again) = time_while_asked(&mut tx, &task, &settings).await? {
-        tx.put_off(&held.lease, again).await?;
+    if is_asked_about_at_a_gate(&mut tx, &task).await? {
+        // Nobody can bring anything meanwhile, and nobody takes the question away from whoever is asked: its level has its time anew.
+        match task.level(&settings).and_then(|level| level.timeout_ms) {
+            Some(again) if again > 0 => {
+                tx.put_off(&held.lease, Duration::from_millis(again))
+                    .await?;
+            }
+            _ => tx.complete(&held.lease).await?,
+        }
         tx.commit().await?;
         return Ok(());
     }
@@ -85,7 +86,7 @@ pub(super) async fn escalation(held: &Held, id: Id<ids::Task>) -> Result<()> {
         Status::Pending | Status::InProgress | Status::AwaitingApproval
     );
     if waits && task.document.escalation_level.is_some() {
-        lifecycle::withdraw(&mut tx, &mut task).await?;
+        lifecycle::time_out_escalation(&mut tx, &mut task).await?;
         // Before its run, like whoever records a step.
         tx.call_off(crate::store::Job::Task(id)).await?;
         if let Some(run) = task.run.filter(|_| task.status() == Status::InProgress) {
@@ -103,22 +104,13 @@ pub(super) async fn escalation(held: &Held, id: Id<ids::Task>) -> Result<()> {
     Ok(())
 }
 
-/// The time that a level gets anew because a person is asked about the task at a gate: it cannot bring anything meanwhile, and nobody takes the
-/// question away from them.
-async fn time_while_asked(
-    tx: &mut ProjectTx,
-    task: &Task,
-    settings: &Settings,
-) -> Result<Option<Duration>> {
+/// Whether a person is asked about a task at a gate, and not by its escalation.
+async fn is_asked_about_at_a_gate(tx: &mut ProjectTx, task: &Task) -> Result<bool> {
     if task.status() != Status::AwaitingApproval {
-        return Ok(None);
+        return Ok(false);
     }
     let gate = tx.pending_gate(task.id).await?;
-    let at_another = gate.is_some_and(|gate| gate != lifecycle::ESCALATION);
-    let timeout = task.level(settings).and_then(|level| level.timeout_ms);
-    Ok(timeout
-        .filter(|timeout| at_another && *timeout > 0)
-        .map(Duration::from_millis))
+    Ok(gate.is_some_and(|gate| gate != lifecycle::ESCALATION))
 }
 
 /// Nobody has answered a request in its time.

@@ -474,3 +474,99 @@ async fn every_gate_on_the_way_is_asked_about_once() {
     let told = app.events("approval:requested").await;
     assert_eq!(told.len(), 7);
 }
+
+#[tokio::test]
+async fn a_transition_gate_stands_at_every_step_that_the_engine_takes() {
+    for (from, to, title, hook) in [
+        ("pending", "assigned", "work", "task:spawn"),
+        ("assigned", "in_progress", "work", "task:spawn"),
+        ("in_progress", "review", "work", "assessment:run"),
+        ("review", "done", "work", "task:complete"),
+        ("failed", "pending", "break", "task:retry"),
+        ("in_progress", "failed", "break", "task:fail"),
+    ] {
+        let condition = format!("data.from == '{from}' && data.to == '{to}'");
+        let stands = json!({"condition": {"expression": condition}});
+        let app = with_gates(json!([gate("task:transition", stands)])).await;
+        let retries = i32::from(to == "pending");
+        let id = app.task(title, json!({"maxRetries": retries})).await;
+        let request = waiting(&app, &id).await;
+        assert_eq!(
+            (&request["gateId"], &request["payload"]["hook"]),
+            (&json!("task:transition"), &json!(hook)),
+            "{from} {to}"
+        );
+        let asked = app.upstream.asked().len();
+        app.upstream.answers(|_| Reply::Stream(said("Fine now.")));
+        assert_eq!(decide(&app, &request, "approve", json!({})).await.0, 200);
+        let task = app.until(&id, "done").await;
+        // Work that was there is not done again.
+        let again = usize::from(!matches!(to, "review" | "done"));
+        assert_eq!(app.upstream.asked().len(), asked + again, "{from} {to}");
+        assert_eq!(task["retries"], retries);
+        assert_eq!(app.events("approval:requested").await.len(), 1);
+    }
+}
+
+#[tokio::test]
+async fn whoever_is_asked_because_a_condition_cannot_be_told_reads_why() {
+    let broken = json!({"condition": {"expression": "task.budget.left < 5"}});
+    let app = with_gates(json!([gate("task:spawn", broken)])).await;
+    let id = app.task("work", json!({})).await;
+    let request = waiting(&app, &id).await;
+    let fault = request["payload"]["fault"].as_str().unwrap();
+    assert!(
+        fault.contains("cannot be evaluated") && fault.contains("budget"),
+        "{fault}"
+    );
+    decide(&app, &request, "approve", json!({})).await;
+    app.until(&id, "done").await;
+}
+
+#[tokio::test]
+async fn a_level_that_nobody_answers_in_its_time_is_timed_out_and_the_next_acts() {
+    let app = with_gates(json!([])).await;
+    app.agent("boss").await;
+    let levels = json!([
+        {"level": 1, "handler": "human", "timeoutMs": 100},
+        {"level": 2, "handler": "agent", "target": "boss"},
+    ]);
+    let settings = json!({"escalationPolicy": {"levels": levels}});
+    assert_eq!(answer(app.patch("/v1/config", settings)).await.0, 200);
+    let id = app.task("break", json!({"maxRetries": 0})).await;
+    let task = app.until(&id, "failed").await;
+    assert_eq!(task["assignTo"], "boss");
+    let request = answer(app.get(&format!("/v1/approvals?taskId={id}")))
+        .await
+        .1[0]
+        .clone();
+    assert_eq!(
+        (
+            &request["gateId"],
+            &request["status"],
+            &request["resolvedBy"]
+        ),
+        (&json!("escalation"), &json!("timeout"), &json!("timeout"))
+    );
+    let (_, told) = app.events("approval:timeout").await.pop().unwrap();
+    assert_eq!(
+        (&told["requestId"], &told["action"]),
+        (&request["id"], &json!("reject"))
+    );
+    assert!(app.events("approval:resolved").await.is_empty());
+}
+
+#[tokio::test]
+async fn finished_work_that_is_sent_back_by_hand_is_done_again() {
+    let app = with_gates(json!([])).await;
+    let id = app.task("work", json!({"sideEffects": true})).await;
+    waiting(&app, &id).await;
+    let again = json!({"status": "pending"});
+    let (status, task) = answer(app.patch(&format!("/v1/tasks/{id}"), again)).await;
+    assert_eq!((status.as_u16(), &task["status"]), (200, &json!("pending")));
+    eventually("its agent worked again", async || {
+        app.upstream.asked().len() == 2
+    })
+    .await;
+    waiting(&app, &id).await;
+}

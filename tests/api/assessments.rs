@@ -153,12 +153,19 @@ async fn bad_work_is_mended_then_done_anew_then_given_up() {
         .filter(|request| !is_review(request))
         .nth(1)
         .unwrap();
-    let system = last_text(&second, "system");
+    let (system, told) = (last_text(&second, "system"), last_text(&second, "user"));
     assert!(
-        system.contains("it is worth 2") && system.contains("<earlier-result>\nDark mode is new."),
+        system.contains("<earlier-result>\nDark mode is new."),
         "{system}"
     );
-    assert_eq!(last_text(&second, "user"), "Do notes");
+    assert!(
+        told.starts_with("Do notes\n\n") && told.contains("it is worth 2"),
+        "{told}"
+    );
+    assert_eq!(
+        (&task["description"], &task["originalDescription"]),
+        (&json!(told), &json!("Do notes"))
+    );
     let triggers: Vec<&Value> = task["result"]["assessmentHistory"]
         .as_array()
         .unwrap()
@@ -266,6 +273,12 @@ async fn a_threshold_that_was_only_estimated_may_be_corrected() {
     let task = app.until(&id, "done").await;
     assert_eq!(task["expectations"][0]["threshold"], 3.0);
     assert_eq!(task["result"]["assessment"]["trigger"], "auto-correct");
+    let history = task["result"]["assessmentHistory"].as_array().unwrap();
+    assert_eq!(history.len(), 1);
+    assert_eq!(
+        (&history[0]["trigger"], &history[0]["passed"]),
+        (&json!("initial"), &json!(false))
+    );
     let (_, told) = app.events("assessment:corrected").await.pop().unwrap();
     assert_eq!(
         told["corrections"],
@@ -307,6 +320,24 @@ async fn finished_work_can_be_judged_again_both_ways() {
     assert_eq!(answer(again()).await.0, 200);
     let done = app.until(&id, "done").await;
     assert_eq!(done["retries"], 1);
+    let way = app.events("task:transition").await;
+    let way: Vec<&Value> = way
+        .iter()
+        .map(|(_, told)| &told["to"])
+        .rev()
+        .take(6)
+        .collect();
+    assert_eq!(
+        way,
+        [
+            "done",
+            "review",
+            "in_progress",
+            "assigned",
+            "pending",
+            "failed"
+        ]
+    );
     assert_eq!(
         done["result"]["assessmentHistory"]
             .as_array()

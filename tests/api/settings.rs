@@ -39,6 +39,7 @@ async fn settings_have_defaults_are_changed_one_by_one_and_go_back() {
         (&changed["maxRetries"], &changed["defaultModel"]),
         (&json!(3), &json!("openai:gpt-5"))
     );
+    assert_eq!(app.events("config:reloaded").await.len(), 2);
     // The sandbox has its own.
     let sandbox = app
         .client

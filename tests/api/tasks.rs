@@ -114,9 +114,14 @@ async fn a_task_is_done_and_every_step_of_its_way_is_told() {
     }
     let (_, last) = app.events("task:transition").await.pop().unwrap();
     assert_eq!(
-        (&last["from"], &last["agentName"], &last["task"]["status"]),
-        (&json!("review"), &json!("noor"), &json!("done"))
+        (&last["from"], &last["agentName"], &last["task"]),
+        (&json!("review"), &json!("noor"), &task)
     );
+    let (_, completed) = app.events("task:completed").await.pop().unwrap();
+    assert_eq!(completed["task"], task);
+    for (_, step) in app.events("task:transition").await {
+        assert_eq!(step["task"]["status"], step["to"]);
+    }
 }
 
 #[tokio::test]
@@ -548,7 +553,7 @@ async fn transcript_reads_like_a_session(app: &TestApp, task: &Value, activity: 
 async fn a_required_outcome_that_is_missing_is_asked_for_again() {
     let app = start().await;
     app.upstream.answers(|request| {
-        let told = last_text(request, "system").contains("\"Notes\".");
+        let told = last_text(request, "user").contains("\"Notes\" (`text`).");
         if told && results(request) == 0 {
             Reply::Stream(called(&[(
                 "c1",
@@ -1376,7 +1381,7 @@ async fn streamed(app: &TestApp, title: &str, others: Value) -> (String, reqwest
 async fn a_stream_has_the_last_words_of_a_run_that_is_mended_at_once() {
     let app = start().await;
     app.upstream.answers(|request| {
-        let told = last_text(request, "system").contains("\"Notes\".");
+        let told = last_text(request, "user").contains("\"Notes\"");
         let arguments = r#"{"type":"text","label":"Notes","text":"abc"}"#;
         match (told, results(request)) {
             (false, _) => Reply::Stream(said("Here.")),
@@ -1521,4 +1526,48 @@ async fn what_questions_rewrites_and_useless_reviews_used_is_recorded() {
             .await
             .unwrap();
     assert_eq!(left, recorded.iter().map(|(_, tokens)| tokens).sum::<i64>());
+}
+
+#[tokio::test]
+async fn an_outcome_of_another_kind_than_expected_is_refused_and_does_not_count() {
+    let app = start().await;
+    app.upstream.answers(|request| {
+        let refused = last_text(request, "tool").contains("expected as `json`");
+        let handed_over = if refused {
+            r#"{"type":"json","label":"Changes","data":[1]}"#
+        } else {
+            r#"{"type":"text","label":"Changes","text":"one"}"#
+        };
+        if results(request) < 2 {
+            Reply::Stream(called(&[("c", "register_outcome", &[handed_over])]))
+        } else {
+            Reply::Stream(said("Here."))
+        }
+    });
+    let expected = json!([{"type": "json", "label": "Changes"}]);
+    let id = app
+        .task("changes", json!({"expectedOutcomes": expected}))
+        .await;
+    let task = app.until(&id, "done").await;
+    let outcomes = task["outcomes"].as_array().unwrap();
+    assert_eq!(outcomes.len(), 1);
+    assert_eq!(
+        (&outcomes[0]["type"], &outcomes[0]["data"]),
+        (&json!("json"), &json!([1]))
+    );
+    assert_eq!(task["fixAttempts"], 0);
+    let made = outcomes[0]["producedAt"].as_str().unwrap();
+    assert_eq!(made.len(), "2026-04-07T12:00:00.000Z".len());
+}
+
+#[tokio::test]
+async fn a_task_is_not_assigned_by_hand_before_what_it_needs() {
+    let app = start().await;
+    app.upstream.answers(|_| Reply::Hang(vec![]));
+    let first = app.task("first", json!({})).await;
+    let second = app.task("second", json!({"dependsOn": [first]})).await;
+    let path = format!("/v1/tasks/{second}");
+    let (status, body) = answer(app.patch(&path, json!({"status": "assigned"}))).await;
+    assert_eq!((status.as_u16(), &body["code"]), (409, &json!("conflict")));
+    assert_eq!(app.read(&second).await["status"], "pending");
 }

@@ -14,7 +14,7 @@ use crate::ids::{self, Id};
 use crate::mission::{Document, Mission, Plan, Status, TaskDefinition, Team, group};
 use crate::store::{Job, NewAgent, NewBarrier, NewMissionRun, ProjectDb, ProjectTx, ScheduleRow};
 use crate::task::{
-    Bypass, Document as TaskDocument, Expectation, Gate, Hook, Place, Settings,
+    Bypass, Closed, Document as TaskDocument, Expectation, Gate, Hook, Place, Settings,
     Status as TaskStatus, Task,
 };
 
@@ -354,7 +354,7 @@ impl Made<'_> {
         &self,
         definition: &TaskDefinition,
         now: DateTime<Utc>,
-    ) -> Result<(Task, Option<Gate>)> {
+    ) -> Result<(Task, Option<Closed>)> {
         let mut expectations = definition.expectations.clone();
         for expectation in &mut expectations {
             let Expectation::LlmReview { threshold, .. } = expectation;
@@ -385,14 +385,12 @@ impl Made<'_> {
         task.group = Some(self.group.to_owned());
         task.mission = Some(self.place);
         let gates = &self.settings.approval_gates;
-        let gate = Gate::closed(gates, Hook::TaskCreate, &task, &json!({})).cloned();
+        let gate = Gate::closed(gates, Hook::TaskCreate, &task, &json!({}));
         if gate.is_some() {
             task.bypass(Bypass::GatedAtCreation);
         } else {
             task.go(TaskStatus::Pending)?;
         }
-        // A task comes into being where it stands; it has not moved.
-        task.take_events();
         task.tell_created();
         Ok((task, gate))
     }

@@ -8,7 +8,7 @@ use super::super::{Result, withdraw};
 use super::advance::seen_of;
 use super::gate::{Operation, Particulars, ask_leave, tell_withdrawn};
 use super::next_look;
-use crate::event::timestamp;
+use crate::event::Deadline;
 use crate::ids::{self, Id};
 use crate::mission::{Mission, Status, TaskEnd, Verdict, mean_score, report};
 use crate::store::{
@@ -58,13 +58,8 @@ pub(super) async fn finish(
         mission.tell("quality:threshold:failed", told);
     }
     if let Some(deadline) = run.deadline.filter(|deadline| passed && now <= *deadline) {
-        mission.tell(
-            "sla:met",
-            json!({
-                "entityId": mission.id, "entityType": "mission", "deadline": timestamp(deadline),
-                "marginMs": (deadline - now).num_milliseconds(),
-            }),
-        );
+        let told = watched(&mission, deadline).met(now);
+        mission.tell("sla:met", told);
     }
     let report = report(mission.id, &run.group, passed, &ends);
     let told = json!({"group": run.group, "status": next, "allPassed": passed, "report": report});
@@ -215,10 +210,7 @@ pub async fn deadline(lease: &Lease, id: Id<ids::Mission>) -> Result<()> {
             tx.commit().await?;
             return Ok(());
         }
-        let told = json!({
-            "entityId": id, "entityType": "mission", "deadline": timestamp(deadline),
-            "overdueMs": (now - deadline).num_milliseconds(),
-        });
+        let told = watched(&mission, deadline).passed(now);
         mission.tell("sla:violated", told.clone());
         let operation = Operation {
             hooks: &[Hook::QualitySla],
@@ -268,16 +260,16 @@ fn warn(mission: &mut Mission, run: &MissionRunRow, deadline: DateTime<Utc>, now
     if run.sla_warned {
         return;
     }
-    let (whole, elapsed) = (deadline - run.started_at, now - run.started_at);
-    #[expect(clippy::cast_precision_loss, reason = "it is a share, for people")]
-    let share = elapsed.num_milliseconds() as f64 / whole.num_milliseconds().max(1) as f64;
-    mission.tell(
-        "sla:warning",
-        json!({
-            "entityId": mission.id, "entityType": "mission", "deadline": timestamp(deadline),
-            "elapsed": elapsed.num_milliseconds(), "remaining": (deadline - now).num_milliseconds(), "percentUsed": share,
-        }),
-    );
+    let told = watched(mission, deadline).nears(run.started_at, now);
+    mission.tell("sla:warning", told);
+}
+
+fn watched(mission: &Mission, deadline: DateTime<Utc>) -> Deadline {
+    Deadline {
+        of: mission.id.to_string(),
+        kind: "mission",
+        at: deadline,
+    }
 }
 
 /// Removes a mission's tasks, those of all its runs, some at a time; says how many there were.

@@ -88,9 +88,9 @@ pub(super) async fn ask_leave(
     let closed = operation.hooks.iter().find_map(|hook| {
         let gates = &settings.approval_gates;
         Gate::closed_for_mission(gates, *hook, passed, &operation.mission, &operation.data)
-            .map(|gate| (gate, *hook))
+            .map(|closed| (closed, *hook))
     });
-    let Some((gate, hook)) = closed else {
+    let Some((closed, hook)) = closed else {
         return Ok(None);
     };
     let barrier = operation.particulars.barrier;
@@ -110,7 +110,8 @@ pub(super) async fn ask_leave(
             let payload = json!({
                 "missionId": mission.id, "mission": operation.mission, "data": operation.data, "hook": hook.as_str(),
             });
-            let request = make_request(tx, gate, hook, waiting, &payload).await?;
+            let request = make_request(tx, &closed, hook, waiting, payload).await?;
+            let gate = &closed.gate;
             let told = json!({"requestId": request, "gateId": gate.id, "gateName": gate.name});
             mission.tell("approval:requested", told);
             request
