@@ -78,6 +78,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "event",
             "ids",
             "net",
+            "seal",
             "webhook",
         ],
     ),

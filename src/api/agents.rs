@@ -440,27 +440,6 @@ pub async fn list_processes(Door(db): Door) -> Result<Json<Vec<ProcessView>>, Ap
     Ok(Json(rows.into_iter().map(view).collect()))
 }
 
-/// What the last run of a task did; nothing when there is no such run.
-#[utoipa::path(get, path = "/agents/processes/{taskId}/activity", tag = "Agents", params(("taskId" = String, Path, description = "The task's id")),
-    responses((status = 200, description = "Its steps", body = Vec<Object>)))]
-pub async fn read_process_activity(
-    Door(db): Door,
-    Path(task_id): Path<String>,
-) -> Result<Json<Vec<Value>>, ApiError> {
-    let run = match task_id.parse() {
-        Ok(id) => match db.task(id).await {
-            Ok(task) => task.run,
-            Err(StoreError::NotFound) => None,
-            Err(error) => return Err(error.into()),
-        },
-        Err(_) => None,
-    };
-    match run {
-        Some(run) => Ok(Json(super::tasks::entries(&db.all_steps(run).await?))),
-        None => Ok(Json(Vec::new())),
-    }
-}
-
 /// Puts the known fields of a change over those there are.
 fn merge(definition: &mut Map<String, Value>, change: Map<String, Value>) {
     for (key, value) in change {

@@ -7,7 +7,7 @@ use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::error::ApiError;
 use crate::store::ProjectDb;
@@ -135,8 +135,11 @@ fn cause(error: &dyn std::error::Error) -> String {
     )
 }
 
+/// What a date is to be.
+const A_DATE: &str = "a date and time with its zone is expected, such as 2026-04-07T12:00:00Z";
+
 /// What a parser says in Rust's words, in JSON's.
-fn plain(mut said: String) -> String {
+pub(super) fn plain(mut said: String) -> String {
     for (rust, json) in [
         ("expected u8", "expected a whole number from 0 to 255"),
         ("expected u16", "expected a whole number, 0 or more"),
@@ -156,6 +159,11 @@ fn plain(mut said: String) -> String {
             "invalid digit found in string",
             "a whole number is expected",
         ),
+        // What chrono says of a date.
+        ("premature end of input", A_DATE),
+        ("input contains invalid characters", A_DATE),
+        ("input is out of range", A_DATE),
+        ("trailing input", A_DATE),
     ] {
         if said.contains(rust) {
             said = said.replace(rust, json);
@@ -235,6 +243,13 @@ impl<S: Send + Sync> FromRequestParts<S> for Door {
     }
 }
 
+/// Tells null from absent, for members of a change that can be cleared.
+pub(super) fn given<'de, T: Deserialize<'de>, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<Option<T>>, D::Error> {
+    Option::<T>::deserialize(deserializer).map(Some)
+}
+
 /// Which part of a list is asked for.
 #[derive(Debug, Deserialize, utoipa::IntoParams)]
 #[into_params(parameter_in = Query)]
@@ -242,7 +257,7 @@ pub struct Page {
     /// How many at most: 1 to 1,000.
     #[param(minimum = 1, maximum = 1000, default = 1000)]
     pub limit: Option<i64>,
-    /// The last item of the page before.
+    /// The last item of the page before: its id, or its number where it has none.
     pub after: Option<String>,
 }
 
@@ -303,14 +318,16 @@ impl<T> Listed<T> {
 
 impl<T: Serialize> IntoResponse for Listed<T> {
     fn into_response(self) -> Response {
-        let mut response = axum::Json(self.items).into_response();
-        if let Some(link) = self.next.and_then(|next| next.parse().ok()) {
-            response
-                .headers_mut()
-                .insert(axum::http::header::LINK, link);
-        }
-        response
+        with_next(axum::Json(self.items).into_response(), self.next)
     }
+}
+
+/// An answer with a link to the next page of what is in it.
+pub(super) fn with_next(mut response: Response, next: Option<String>) -> Response {
+    if let Some(link) = next.and_then(|next| next.parse().ok()) {
+        response.headers_mut().insert(header::LINK, link);
+    }
+    response
 }
 
 #[cfg(test)]

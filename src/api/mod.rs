@@ -20,6 +20,7 @@ use crate::app::App;
 use crate::config::Config;
 use error::ApiError;
 
+pub mod activity;
 pub mod agents;
 pub mod approvals;
 pub mod auth;
@@ -45,6 +46,7 @@ pub mod sessions;
 pub mod settings;
 pub mod shapes;
 mod sse;
+pub mod task_bodies;
 pub mod tasks;
 pub mod teams;
 mod transcript;
@@ -156,7 +158,7 @@ fn project_routes() -> OpenApiRouter<App> {
             memory::save_agent_memory
         ))
         .routes(routes!(agents::list_processes))
-        .routes(routes!(agents::read_process_activity))
+        .routes(routes!(activity::read_process_activity))
         .routes(routes!(
             tasks::list_tasks,
             tasks::create_task,
@@ -175,7 +177,7 @@ fn project_routes() -> OpenApiRouter<App> {
         .routes(routes!(tasks::retry_task))
         .routes(routes!(tasks::reassess_task))
         .routes(routes!(tasks::queue_task))
-        .routes(routes!(tasks::read_activity))
+        .routes(routes!(activity::read_activity))
         .routes(routes!(approvals::list_approvals))
         .routes(routes!(approvals::read_approval))
         .routes(routes!(approvals::approve))

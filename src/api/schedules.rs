@@ -2,10 +2,10 @@
 
 use axum::http::StatusCode;
 use chrono::{DateTime, Utc};
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Serialize};
 
 use super::error::{ApiError, ErrorBody};
-use super::extract::{Door, Json, Listed, Page, Path, Query};
+use super::extract::{Door, Json, Listed, Page, Path, Query, given};
 use super::missions::mission_id;
 use super::sessions::Deleted;
 use crate::event::timestamp;
@@ -69,13 +69,6 @@ pub struct UpdateSchedule {
     pub catch_up: Option<CatchUp>,
     /// What becomes of a time that comes while a run is under way.
     pub overlap: Option<Overlap>,
-}
-
-/// Tells null from absent.
-fn given<'de, T: Deserialize<'de>, D: Deserializer<'de>>(
-    deserializer: D,
-) -> Result<Option<Option<T>>, D::Error> {
-    Option::<T>::deserialize(deserializer).map(Some)
 }
 
 /// A schedule.

@@ -3,9 +3,10 @@
 use serde_json::{Value, json};
 use uuid::Uuid;
 
+use super::activity::redact;
 use super::error::ApiError;
 use super::sessions::{SessionMessages, SessionView, missing, views};
-use super::tasks::redact;
+
 use crate::ids::{self, Id, Run};
 use crate::llm::{Message, Part};
 use crate::store::{MessageRow, ProjectDb, StepKind, StepRow};

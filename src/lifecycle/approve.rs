@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::finish::{ESCALATION, complete, fallback, give_up, wait_for_person};
+use super::finish::{complete, fallback, give_up, wait_for_person};
 use super::{LifecycleError, NOW, Result, locked, mission, owe, save};
 use crate::ids::{self, Approval, Id};
 use crate::store::{
@@ -145,19 +145,27 @@ async fn go_on(
     if row.hook == Hook::QualitySla.as_str() {
         return go_on_overdue(tx, db, task).await;
     }
-    // Work whose judgement was held up is not done again; a blocked retry waits for its turn like any.
-    let judged = row.hook.starts_with("assessment:");
+    // An attempt that has not begun is not another one, and work whose judgement was held up is not done again; a blocked retry waits for its turn
+    // like any.
+    let goes_on = [
+        Hook::TaskCreate,
+        Hook::TaskSpawn,
+        Hook::AssessmentRun,
+        Hook::AssessmentComplete,
+    ];
+    let goes_on = goes_on.iter().any(|hook| hook.as_str() == row.hook);
     if is_retry(row) {
         let feedback = task.document.feedback.take();
         let fallback = fallback(db, task).await?;
         task.begin_retry(feedback, fallback)?;
-    } else if !judged {
+    } else if !goes_on {
         let feedback = task.document.feedback.take();
         let gates = std::mem::take(&mut task.document.passed_gates);
         task.begin_again(Phase::Execution, feedback, "retry");
         task.document.passed_gates = gates;
     }
-    if row.gate_id == Gate::side_effects().id {
+    task.held = false;
+    if row.gate_id == Gate::SIDE_EFFECTS {
         task.document.passed_gates.clear();
         task.go(Status::Pending)?;
     } else {
@@ -204,7 +212,7 @@ async fn go_on_overdue(tx: &mut ProjectTx, db: &ProjectDb, task: &mut Task) -> R
 
 /// Whether the request was for one of a task's retries.
 fn is_retry(row: &ApprovalRow) -> bool {
-    let by_gate = row.gate_id != ESCALATION && row.gate_id != Gate::side_effects().id;
+    let by_gate = ![Gate::ESCALATION, Gate::SIDE_EFFECTS].contains(&row.gate_id.as_str());
     row.hook == Hook::TaskRetry.as_str() && by_gate
 }
 
@@ -215,7 +223,7 @@ async fn answer_escalation(
     row: &ApprovalRow,
     action: &str,
 ) -> Result<()> {
-    if row.gate_id == ESCALATION {
+    if row.gate_id == Gate::ESCALATION {
         tx.call_off(Job::Escalation(task.id)).await?;
         let level = task.document.escalation_level;
         let told = json!({"level": level, "action": action});

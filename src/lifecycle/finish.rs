@@ -15,9 +15,6 @@ use crate::task::{
     Status, Task, TaskResult,
 };
 
-/// The gate that a person's level of the escalation policy is (contract 2.6.4).
-pub const ESCALATION: &str = "escalation";
-
 /// What becomes of the job after a deed of the engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Aftermath {
@@ -149,6 +146,40 @@ pub async fn after_failure(
     }
 }
 
+/// Tries a failed task again because others wait for it, if it may be: nobody stopped it, it touches nothing outside, and it has retries left.
+/// Where a gate stands before retries a person is asked. False when nothing of the kind is done.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn retry_for_others(tx: &mut ProjectTx, db: &ProjectDb, task: &mut Task) -> Result<bool> {
+    let document = &task.document;
+    let reason = document.result.as_ref().map(|result| result.reason);
+    let was_stopped = matches!(reason, Some(EndReason::Killed | EndReason::Deadline));
+    if task.status() != Status::Failed
+        || was_stopped
+        || document.side_effects
+        || document.retries >= document.max_retries
+        || !super::can_be_taken_up(tx, task).await?
+    {
+        return Ok(false);
+    }
+    let settings = db.settings().await?;
+    let wrong = document.result.as_ref().map(|result| result.stderr.clone());
+    let feedback = wrong.filter(|wrong| !wrong.is_empty());
+    let closed = gate_before_retry(&settings, task, feedback.as_deref().unwrap_or_default());
+    if let Some(closed) = closed {
+        task.document.feedback = feedback;
+        wait_for_person(tx, db, task, &closed, Hook::TaskRetry).await?;
+        return Ok(true);
+    }
+    let fallback = fallback(db, task).await?;
+    task.begin_retry(feedback, fallback)?;
+    super::renew_deadline(tx, task).await?;
+    save(tx, db, task).await?;
+    super::owe(tx, task, NOW).await?;
+    Ok(true)
+}
+
 /// The task fails, for good, and its result says why: an agent that has finished is not work that is good.
 pub(super) async fn give_up(
     tx: &mut ProjectTx,
@@ -161,11 +192,7 @@ pub(super) async fn give_up(
             // A verdict says by itself that finished work is not good; and it may be judged again, as finished work.
             match &result.assessment {
                 Some(verdict) if verdict["passed"] == false => {}
-                Some(_) => result.reason = EndReason::Error,
-                None => {
-                    result.reason = EndReason::Error;
-                    result.exit_code = 1;
-                }
+                _ => result.reason = EndReason::Error,
             }
             result.stderr.clone_from(&cause);
             result.cause = Some(cause);
@@ -246,6 +273,7 @@ pub async fn escalate(
                     let feedback = task.document.feedback.take();
                     hand_over(task);
                     task.begin_again(Phase::Execution, feedback, "retry");
+                    task.document.model = None;
                     task.assign_to = target;
                     task.tell(
                         "escalation:resolved",
@@ -270,7 +298,7 @@ pub async fn escalate(
                 let payload = json!({"message": message, "channels": level.notify_channels});
                 task.tell("escalation:human", payload);
                 let gate = Gate {
-                    id: ESCALATION.to_owned(),
+                    id: Gate::ESCALATION.to_owned(),
                     name: "Escalation".to_owned(),
                     ..Gate::side_effects()
                 };

@@ -16,6 +16,7 @@ use crate::store::{Job, ProjectDb, ProjectTx, StoreError, until};
 use crate::task::{IllegalStep, Status, Task};
 
 mod approve;
+mod change;
 mod create;
 mod finish;
 pub mod mission;
@@ -25,14 +26,13 @@ pub mod schedule;
 pub use approve::{
     NotResolved, approve, expire, reject, request_approval, time_out_escalation, withdraw,
 };
+pub use change::{TaskChange, update};
 pub use create::{NewTask, create};
 pub use finish::{
-    Aftermath, ESCALATION, after_defect, after_failure, complete, escalate, hold_run,
+    Aftermath, after_defect, after_failure, complete, escalate, hold_run, retry_for_others,
     stop_at_deadline, stop_for_person, tell_run_ended, wait_for_person,
 };
-pub use operate::{
-    TaskChange, delete, delete_all, force_fail, kill, pause, queue, reassess, retry, run, update,
-};
+pub use operate::{delete, delete_all, force_fail, kill, pause, queue, reassess, retry, run};
 
 /// Why a deed was not done.
 #[derive(Debug, thiserror::Error)]

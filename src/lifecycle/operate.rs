@@ -2,37 +2,16 @@
 
 use serde_json::json;
 
-use super::approve::{request_approval, withdraw};
+use super::approve::request_approval;
 use super::create::taken;
 use super::finish::end_abruptly;
 use super::{LifecycleError, NOW, Result, locked, owe, renew_deadline, save};
 use crate::event::Event;
 use crate::ids::{self, Id};
-use crate::store::{Job, Need, ProjectDb, ProjectTx, RunStatus, StoreError, TaskFilter};
-use crate::task::{Bypass, EndReason, Expectation, Gate, Hook, Phase, Status, Task};
+use crate::store::{Job, Need, ProjectDb, ProjectTx, StoreError, TaskFilter};
+use crate::task::{Bypass, EndReason, Gate, Hook, Phase, Status, Task};
 
-/// A change to a task; `None` leaves a field as it is.
-#[derive(Debug, Default)]
-pub struct TaskChange {
-    /// Other instructions.
-    pub description: Option<String>,
-    /// Another agent.
-    pub assign_to: Option<String>,
-    /// A step of the status machine.
-    pub status: Option<Status>,
-    /// Other expectations.
-    pub expectations: Option<Vec<Expectation>>,
-    /// Another count of retries used.
-    pub retries: Option<u32>,
-    /// Another limit of retries.
-    pub max_retries: Option<u32>,
-    /// Whether it touches the outside world.
-    pub side_effects: Option<bool>,
-    /// Another weight.
-    pub priority: Option<f64>,
-}
-
-fn wrong_state(task: &Task, deed: &str) -> LifecycleError {
+pub(super) fn wrong_state(task: &Task, deed: &str) -> LifecycleError {
     LifecycleError::Conflict(format!(
         "A task that is `{}` cannot be {deed}.",
         task.status()
@@ -40,7 +19,7 @@ fn wrong_state(task: &Task, deed: &str) -> LifecycleError {
 }
 
 /// Owes a pending task what it can have: its turn, a verdict, or nothing while its needs are not met.
-async fn owe_if_ready(tx: &mut ProjectTx, task: &Task) -> Result<()> {
+pub(super) async fn owe_if_ready(tx: &mut ProjectTx, task: &Task) -> Result<()> {
     if is_held_back(tx, task).await? {
         return Ok(());
     }
@@ -56,139 +35,12 @@ async fn owe_if_ready(tx: &mut ProjectTx, task: &Task) -> Result<()> {
 }
 
 /// Whether something in its mission holds a task back. Asked under the run's lock, so that it cannot end or pass unseen.
-async fn is_held_back(tx: &mut ProjectTx, task: &Task) -> Result<bool> {
+pub(super) async fn is_held_back(tx: &mut ProjectTx, task: &Task) -> Result<bool> {
     let Some(place) = task.mission else {
         return Ok(false);
     };
     tx.lock_mission_run(place).await?;
     Ok(tx.is_held_back(task.id).await?)
-}
-
-/// Changes a task.
-///
-/// # Errors
-/// 409 for a step that the machine does not have, and for new expectations while the task is worked on; an unknown agent.
-pub async fn update(db: &ProjectDb, id: Id<ids::Task>, change: TaskChange) -> Result<Task> {
-    let mut tx = db.begin();
-    let mut task = locked(&mut tx, id).await?;
-    let requeues = change.assign_to.is_some() || change.priority.is_some();
-    if let Some(agent) = change.assign_to {
-        let agent = match db.agent(&agent).await {
-            Ok(agent) => agent.name.clone(),
-            Err(StoreError::NotFound) => {
-                return Err(LifecycleError::Invalid {
-                    param: "assignTo",
-                    message: format!("`assignTo`: there is no agent \"{agent}\"."),
-                });
-            }
-            Err(error) => return Err(error.into()),
-        };
-        if task.status().is_active() && agent != task.assign_to {
-            return Err(wrong_state(
-                &task,
-                "given to another agent; pause or kill it first",
-            ));
-        }
-        if agent != task.assign_to
-            && let Some(run) = task.run.take()
-        {
-            // What another has begun is not gone on with.
-            tx.end_run(run, RunStatus::Interrupted, None);
-        }
-        task.assign_to = agent;
-    }
-    if let Some(expectations) = change.expectations {
-        if !matches!(
-            task.status(),
-            Status::Draft | Status::Pending | Status::Failed | Status::Done
-        ) {
-            return Err(wrong_state(&task, "given other expectations"));
-        }
-        task.document.expectations = expectations;
-    }
-    if let Some(description) = change.description {
-        task.document.description = description;
-        task.document.original_description = None;
-        task.document.feedback = None;
-    }
-    if let Some(retries) = change.retries {
-        task.document.retries = retries;
-    }
-    if let Some(max) = change.max_retries {
-        task.document.max_retries = max;
-    }
-    if let Some(side_effects) = change.side_effects {
-        task.document.side_effects = side_effects;
-    }
-    if let Some(priority) = change.priority {
-        task.document.priority = priority;
-    }
-    if let Some(status) = change.status.filter(|status| *status != task.status()) {
-        step(&mut tx, db, &mut task, status).await?;
-    }
-    if requeues {
-        tx.requeue_task(task.id, task.document.priority).await?;
-    }
-    task.tell_updated();
-    let title = task.title.clone();
-    match save(&mut tx, db, &mut task).await {
-        Err(LifecycleError::Store(error)) => return Err(taken(error, &title)),
-        result => result?,
-    }
-    tx.commit().await?;
-    Ok(task)
-}
-
-/// A step by hand. What only the engine can bring about is not to be claimed: an agent that works, a review.
-async fn step(tx: &mut ProjectTx, db: &ProjectDb, task: &mut Task, to: Status) -> Result<()> {
-    let from = task.status();
-    match to {
-        Status::Pending => {
-            if from == Status::Draft {
-                return submit(tx, db, task).await;
-            }
-            task.go(to)?;
-            if from == Status::AwaitingApproval && task.document.phase == Some(Phase::Review) {
-                // Whoever sends finished work back wants it done again.
-                let feedback = task.document.feedback.take();
-                task.begin_again(Phase::Execution, feedback, "retry");
-            }
-            if from == Status::Failed {
-                task.begin_again(Phase::Execution, None, "retry");
-                renew_deadline(tx, task).await?;
-            }
-            withdraw(tx, task).await?;
-            owe_if_ready(tx, task).await
-        }
-        Status::Failed => {
-            if !from.allows(to) {
-                task.go(to)?;
-            }
-            end_abruptly(tx, db, task, EndReason::Killed, "Failed by hand.").await
-        }
-        Status::Done => {
-            task.go(to)?;
-            withdraw(tx, task).await?;
-            tx.stop_run(task.id);
-            super::settle(tx, task).await
-        }
-        Status::Assigned => {
-            if !tx.unmet_needs(task.id).await?.is_empty() || is_held_back(tx, task).await? {
-                return Err(wrong_state(
-                    task,
-                    "assigned before what it waits for is over",
-                ));
-            }
-            task.go(to)?;
-            withdraw(tx, task).await?;
-            owe(tx, task, NOW).await
-        }
-        Status::Draft | Status::AwaitingApproval | Status::InProgress | Status::Review => {
-            Err(LifecycleError::Conflict(format!(
-                "A task cannot be made `{to}` by hand. Use run, pause, kill, retry or reassess."
-            )))
-        }
-    }
 }
 
 /// Makes a draft wait for its turn.
@@ -208,7 +60,7 @@ pub async fn queue(db: &ProjectDb, id: Id<ids::Task>) -> Result<Task> {
 }
 
 /// The one way from a draft to a task that waits for its turn: past the gate before its creation, as if it were new.
-async fn submit(tx: &mut ProjectTx, db: &ProjectDb, task: &mut Task) -> Result<()> {
+pub(super) async fn submit(tx: &mut ProjectTx, db: &ProjectDb, task: &mut Task) -> Result<()> {
     let settings = db.settings().await?;
     match Gate::closed(&settings.approval_gates, Hook::TaskCreate, task, &json!({})) {
         Some(gate) => {
@@ -234,11 +86,10 @@ pub async fn run(db: &ProjectDb, id: Id<ids::Task>) -> Result<Task> {
             Err(LifecycleError::Conflict(_)) => Ok(db.task(id).await?),
             result => result,
         },
-        Status::Pending if task.held => {
+        Status::Pending | Status::Assigned if task.held => {
             let mut tx = db.begin();
             let mut task = locked(&mut tx, id).await?;
-            if task.held {
-                task.held = false;
+            if std::mem::take(&mut task.held) {
                 task.tell_updated();
                 owe_if_ready(&mut tx, &task).await?;
                 save(&mut tx, db, &mut task).await?;
@@ -339,6 +190,7 @@ pub(super) async fn begin_retry_by_hand(tx: &mut ProjectTx, task: &mut Task) -> 
     task.go(Status::Pending)?;
     task.document.fix_attempts = 0;
     task.document.escalation_level = None;
+    task.document.model = None;
     task.begin_again(Phase::Execution, None, "retry");
     renew_deadline(tx, task).await?;
     owe_if_ready(tx, task).await

@@ -299,7 +299,7 @@ impl ExpectedOutcome {
                 ));
             }
         };
-        let read = |(index, item)| match Self::deserialize(item) {
+        let read = |(index, item)| match super::read_as_shown::<Self>(item) {
             Ok(outcome) if outcome.label.trim().is_empty() => Err(format!(
                 "`expectedOutcomes[{index}].label` must not be empty."
             )),

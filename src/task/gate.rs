@@ -186,10 +186,15 @@ pub(super) fn check_channels(channels: Option<&[String]>) -> Result<(), String> 
 }
 
 impl Gate {
+    /// The gate that a person's level of the escalation policy is (contract 2.6.4).
+    pub const ESCALATION: &str = "escalation";
+    /// The gate of [`Gate::side_effects`].
+    pub const SIDE_EFFECTS: &str = "side-effects";
+
     /// The gate that every task with `sideEffects` passes before it is done.
     pub fn side_effects() -> Self {
         Self {
-            id: "side-effects".to_owned(),
+            id: Self::SIDE_EFFECTS.to_owned(),
             name: "Side effects".to_owned(),
             handler: GateHandler::Human,
             hook: Hook::TaskComplete,
@@ -211,6 +216,12 @@ impl Gate {
     pub(super) fn check(&self) -> Result<(), String> {
         if self.id.is_empty() || self.name.is_empty() {
             return Err("`id` and `name` must not be empty.".to_owned());
+        }
+        if [Self::ESCALATION, Self::SIDE_EFFECTS].contains(&self.id.as_str()) {
+            return Err(format!(
+                "`id` \"{}\" is a gate that there is already.",
+                self.id
+            ));
         }
         if self.id.len() > NAME || self.name.len() > NAME {
             return Err(format!("`id` and `name` must be at most {NAME} bytes."));

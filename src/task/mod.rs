@@ -26,7 +26,7 @@ pub use gate::{Closed, Gate, GateHandler, Hook, LONGEST_TIME, ON_TIMEOUT, OnTime
 pub use policy::{Failure, Follow, Level, backoff};
 pub use review::{
     Assessment, Check, DEFAULT_THRESHOLD, REVIEWERS, Review, Score, Trigger, answer_schema,
-    assessment, default_dimensions, instructions, judge, material, may_correct_threshold,
+    assessment, default_dimensions, feedback, instructions, judge, material, may_correct_threshold,
     read_answer,
 };
 pub use settings::{
@@ -139,6 +139,33 @@ pub struct RetryPolicy {
     /// The model that escalated attempts run with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub escalate_model: Option<String>,
+}
+
+/// Reads a value as something that is shown as it is written. Serde takes a list of an object's members for the object; callers do not mean it.
+///
+/// # Errors
+/// What is wrong with it; ends a sentence.
+pub fn read_as_shown<T: Serialize + serde::de::DeserializeOwned>(
+    value: &Value,
+) -> Result<T, String> {
+    fn is_alike(given: &Value, read: &Value) -> bool {
+        match (given, read) {
+            (Value::Array(_), Value::Object(_)) => false,
+            (Value::Array(given), Value::Array(read)) => given
+                .iter()
+                .zip(read)
+                .all(|(given, read)| is_alike(given, read)),
+            (Value::Object(given), Value::Object(read)) => given
+                .iter()
+                .all(|(member, given)| read.get(member).is_none_or(|read| is_alike(given, read))),
+            _ => true,
+        }
+    }
+    let read = T::deserialize(value).map_err(|error| error.to_string())?;
+    if !is_alike(value, &json!(read)) {
+        return Err("a list stands where an object belongs".to_owned());
+    }
+    Ok(read)
 }
 
 /// Everything of a task that nothing searches for.
@@ -421,6 +448,11 @@ impl Task {
             return false;
         }
         self.document.retries += 1;
+        if let Some(result) = &mut self.document.result {
+            // It says no more why the work was not good.
+            result.stderr.clear();
+            result.cause = None;
+        }
         for status in [
             Status::Pending,
             Status::Assigned,

@@ -6,7 +6,8 @@ use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::expectation::{Confidence, Dimension, Outcome};
+use super::Task;
+use super::expectation::{Confidence, Dimension};
 use crate::event::as_timestamp;
 
 /// How many look at the work, independently of each other.
@@ -154,7 +155,7 @@ pub fn read_answer(index: usize, text: &str, dimensions: &[Dimension]) -> Result
         .collect::<Result<_, String>>()?;
     Ok(Review {
         index,
-        global_score: global_score(&scores),
+        global_score: rounded(weighted(&scores)),
         summary: answer.summary,
         scores,
     })
@@ -170,8 +171,8 @@ fn whole(score: f64) -> u8 {
     (score + 0.5).floor().clamp(1.0, 5.0) as u8
 }
 
-/// Σ(score × weight) ÷ Σ(weight), to two places; 0 when nothing has weight.
-fn global_score(scores: &[Score]) -> f64 {
+/// Σ(score × weight) ÷ Σ(weight); 0 when nothing has weight.
+fn weighted(scores: &[Score]) -> f64 {
     let weights: f64 = scores.iter().map(|score| score.weight).sum();
     if weights == 0.0 {
         return 0.0;
@@ -180,7 +181,12 @@ fn global_score(scores: &[Score]) -> f64 {
         .iter()
         .map(|score| f64::from(score.score) * score.weight)
         .sum();
-    (sum / weights * 100.0).round() / 100.0
+    sum / weights
+}
+
+/// A score as it is shown: to two places.
+fn rounded(score: f64) -> f64 {
+    (score * 100.0).round() / 100.0
 }
 
 fn median(sorted: &[f64]) -> f64 {
@@ -207,7 +213,12 @@ fn merge(reviews: &[Review], dimensions: &[Dimension]) -> Vec<Score> {
         values.sort_by(f64::total_cmp);
         let middle = median(&values);
         values.retain(|value| (value - middle).abs() <= OUTLIER);
-        let agreed = whole(median(&values));
+        // Two who are far apart have nobody between them.
+        let agreed = whole(if values.is_empty() {
+            middle
+        } else {
+            median(&values)
+        });
         let nearest = given
             .iter()
             .min_by_key(|score| score.score.abs_diff(agreed))?;
@@ -248,11 +259,21 @@ pub fn instructions(criteria: Option<&str>, dimensions: &[Dimension]) -> String 
     text
 }
 
-/// The work as a reviewer sees it.
-pub fn material(title: &str, description: &str, output: &str, outcomes: &[Outcome]) -> String {
-    let mut text =
-        format!("<task>\n{title}\n\n{description}\n</task>\n\n<work>\n{output}\n</work>");
-    for outcome in outcomes {
+/// The work as a reviewer sees it, beside the task as it was given, and as it stands where it was changed since.
+pub fn material(task: &Task) -> String {
+    let document = &task.document;
+    let title = &task.title;
+    let mut text = match &document.original_description {
+        None => format!("<task>\n{title}\n\n{}\n</task>", document.description),
+        Some(first) => format!(
+            "<task>\n{title}\n\n{}\n</task>\n\nIt was given so at first:\n<first-description>\n{first}\n</first-description>",
+            document.description
+        ),
+    };
+    let output = document.result.as_ref().map(|result| &result.stdout);
+    let output = output.map_or("", String::as_str);
+    let _ = write!(text, "\n\n<work>\n{output}\n</work>");
+    for outcome in &document.outcomes {
         let _ = write!(text, "\n\n<outcome>\n{}\n</outcome>", json!(outcome));
     }
     text
@@ -310,7 +331,7 @@ pub fn judge(
         };
     }
     let scores = merge(&reviews, dimensions);
-    let global = global_score(&scores);
+    let global = weighted(&scores);
     let threshold = threshold.unwrap_or(DEFAULT_THRESHOLD);
     let summaries: Vec<&str> = reviews
         .iter()
@@ -319,10 +340,11 @@ pub fn judge(
         .collect();
     Check {
         kind: "llm_review",
-        passed: global >= threshold,
+        // What is a third of something is not exact.
+        passed: global >= threshold - 1e-9,
         message: format!("Score {global:.1}/5"),
         details: Some(summaries.join("\n")).filter(|details| !details.is_empty()),
-        global_score: Some(global),
+        global_score: Some(rounded(global)),
         scores,
         reviewers: reviews,
     }
@@ -411,28 +433,44 @@ pub fn may_correct_threshold(check: &Check, confidence: Confidence) -> bool {
         && check.global_score.is_some_and(|score| score >= CORRECTABLE)
 }
 
-impl Assessment {
-    /// What the agent is told about work that did not pass.
-    pub fn feedback(&self) -> String {
-        let mut text = String::new();
-        for check in self.checks.iter().filter(|check| !check.passed) {
-            let _ = writeln!(text, "{}", check.message);
-            for score in check.scores.iter().filter(|score| score.score < 4) {
-                let _ = writeln!(
-                    text,
-                    "- {}: {}/5. {}",
-                    score.dimension, score.score, score.reasoning
-                );
+/// What the agent is told about work that did not pass, by its [`Assessment`] as it is kept.
+pub fn feedback(verdict: &Value) -> String {
+    let list = |value: &Value, key: &str| value[key].as_array().cloned().unwrap_or_default();
+    let text_of = |value: &Value, key: &str| value[key].as_str().unwrap_or_default().to_owned();
+    let mut text = String::new();
+    for check in list(verdict, "checks") {
+        if check["passed"] == true {
+            continue;
+        }
+        let _ = writeln!(text, "{}", text_of(&check, "message"));
+        for score in list(&check, "scores") {
+            let points = score["score"].as_u64().unwrap_or_default();
+            if points < 4 {
+                let (dimension, reasoning) =
+                    (text_of(&score, "dimension"), text_of(&score, "reasoning"));
+                let _ = writeln!(text, "- {dimension}: {points}/5. {reasoning}");
             }
         }
-        text.trim_end().to_owned()
     }
+    text.trim_end().to_owned()
+}
 
+impl Assessment {
     /// Whether no reviewer of some check said anything.
     pub fn is_empty_handed(&self) -> bool {
-        self.checks
-            .iter()
-            .any(|check| check.kind == "llm_review" && check.reviewers.is_empty())
+        self.checks.iter().any(Check::is_empty_handed)
+    }
+
+    /// Whether it failed for no other reason than that nobody said anything: it is no verdict on the work.
+    pub fn says_nothing(&self) -> bool {
+        let mut failed = self.checks.iter().filter(|check| !check.passed);
+        !self.passed && failed.all(Check::is_empty_handed)
+    }
+}
+
+impl Check {
+    fn is_empty_handed(&self) -> bool {
+        self.kind == "llm_review" && self.reviewers.is_empty()
     }
 }
 
@@ -453,7 +491,7 @@ mod tests {
     #[test]
     fn the_contracts_example_comes_to_3_80() {
         assert_eq!(review(1, [4, 5, 3, 2]).global_score, 3.80);
-        assert_eq!(global_score(&[]), 0.0);
+        assert_eq!(weighted(&[]), 0.0);
     }
 
     #[test]
@@ -464,6 +502,7 @@ mod tests {
             (vec![2, 3, 4], 3),
             (vec![1, 5, 5], 5),
             (vec![4, 5], 5),
+            (vec![1, 5], 3),
             (vec![2], 2),
             (vec![1, 1, 5], 1),
         ] {
@@ -499,6 +538,22 @@ mod tests {
         );
         assert!(!one.passed);
         assert_eq!(one.message, "Score 4.0/5");
+        // What is shown is rounded, what counts is not.
+        let of = |weight: f64| Dimension {
+            weight,
+            ..default_dimensions()[0].clone()
+        };
+        let nearly = [
+            of(0.997),
+            Dimension {
+                name: "d".to_owned(),
+                ..of(0.003)
+            },
+        ];
+        let given = json!({"scores": [{"dimension": nearly[0].name, "score": 3}, {"dimension": "d", "score": 2}]});
+        let given = read_answer(1, &given.to_string(), &nearly).unwrap();
+        let judged = judge(None, &nearly, vec![given], &[]);
+        assert_eq!((judged.passed, judged.global_score), (false, Some(3.0)));
         let none = judge(
             None,
             &default_dimensions(),

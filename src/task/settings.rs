@@ -194,7 +194,7 @@ impl Settings {
     pub fn read(body: &Map<String, Value>) -> Result<Self, SettingsError> {
         for (setting, value) in body {
             let alone = Value::Object(Map::from_iter([(setting.clone(), value.clone())]));
-            if let Err(error) = serde_json::from_value::<Self>(alone) {
+            if let Err(error) = super::read_as_shown::<Self>(&alone) {
                 return Err(SettingsError {
                     setting: setting.clone(),
                     message: format!("`{setting}` cannot be used: {error}."),

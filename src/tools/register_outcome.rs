@@ -74,7 +74,7 @@ pub fn outcome_of(call: &ToolCall, at: DateTime<Utc>) -> Result<Outcome, String>
         OutcomeKind::Json => given.data.is_some().then_some(()).ok_or("data"),
         OutcomeKind::File | OutcomeKind::Media => (given.url.is_some() || given.path.is_some())
             .then_some(())
-            .ok_or("url"),
+            .ok_or("url` or `path"),
     };
     needed.map_err(|member| format!("An outcome of this type needs `{member}`."))?;
     let size = given.text.as_ref().map_or(0, String::len)

@@ -15,6 +15,7 @@ use crate::ids::{self, Id};
 use crate::llm::{
     Message, ModelRequest, Part, ProviderError, ResponseFormat, Tool, ToolCall, Usage,
 };
+use crate::seal::sha256;
 use crate::store::{CallUsage, Topic};
 
 /// A judge has no tools yet.
@@ -53,6 +54,14 @@ pub(super) struct Question<'a> {
     pub(super) user: String,
     /// What the answer must be.
     pub(super) schema: Value,
+}
+
+impl Question<'_> {
+    /// Tells it from any other question: the same text has the same, in every process.
+    pub(super) fn fingerprint(&self) -> String {
+        let hash = sha256(&format!("{}\n\n{}", self.system, self.user));
+        hash[..8].iter().map(|byte| format!("{byte:02x}")).collect()
+    }
 }
 
 /// What came of a question.

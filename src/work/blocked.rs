@@ -11,7 +11,7 @@ use crate::event::Event;
 use crate::ids::{self, Id};
 use crate::lifecycle;
 use crate::store::{Job, Need, ProjectTx, StoreError};
-use crate::task::{Bypass, EndReason, Phase, Settings, Status, Task, TaskResult};
+use crate::task::{Bypass, EndReason, Settings, Status, Task, TaskResult};
 
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -36,6 +36,12 @@ pub(super) async fn resolve(held: &Held, id: Id<ids::Task>) -> Result<()> {
     let db = &held.lease.db;
     let settings = db.settings().await?;
     let task = db.task(id).await?;
+    if task.held {
+        // Whoever has it run again has this looked at again.
+        let mut tx = db.begin();
+        tx.complete(&held.lease).await?;
+        return Ok(tx.commit().await?);
+    }
     if task.mission.is_some() {
         // People may look first at what holds it back.
         let mut tx = db.begin();
@@ -227,28 +233,11 @@ async fn act(
     Ok(lifecycle::save(tx, db, task).await?)
 }
 
-/// Tries the failed ones again: those that have retries left, and that nothing else keeps from it.
+/// Tries the failed ones again, as far as they may be.
 async fn retry(held: &Held, tx: &mut ProjectTx, failed: Vec<Task>) -> Result<bool> {
     let mut any = false;
     for mut task in failed {
-        if task.status() != Status::Failed
-            || task.document.retries >= task.document.max_retries
-            || !lifecycle::can_be_taken_up(tx, &task).await?
-        {
-            continue;
-        }
-        task.go(Status::Pending)
-            .map_err(|error| WorkError::Defect(error.into()))?;
-        task.begin_again(Phase::Execution, None, "retry");
-        lifecycle::renew_deadline(tx, &mut task).await?;
-        lifecycle::save(tx, &held.lease.db, &mut task).await?;
-        tx.enqueue(
-            Job::Task(task.id),
-            task.document.priority,
-            std::time::Duration::ZERO,
-        )
-        .await?;
-        any = true;
+        any |= lifecycle::retry_for_others(tx, &held.lease.db, &mut task).await?;
     }
     Ok(any)
 }

@@ -166,7 +166,10 @@ impl Conclusion<'_> {
     async fn succeed(&self, mut tx: ProjectTx, mut task: Task) -> Result<Option<Task>> {
         let (db, settings) = (&self.held.lease.db, self.settings);
         let recorder = &self.recorder;
+        // What has acted on the outside world is not begun anew by itself.
+        let acted = task.document.side_effects && recorder.tool_calls > 0;
         task.document.may_be_question = may_be_question(&recorder.answer, recorder.tool_calls)
+            && !acted
             && task.document.question_rounds < settings.max_question_rounds;
         task.document.phase = Some(Phase::Review);
         let missing = missing_outcomes(&task);

@@ -15,17 +15,20 @@ use crate::app;
 use crate::event::Event;
 use crate::ids::{self, Id, Run};
 use crate::lifecycle::{self, after_failure};
-use crate::store::{CallUsage, NewStep, StepKind, StoreError, storable};
+use crate::store::{CallUsage, NewStep, ProjectTx, StepKind, StoreError, storable};
 use crate::task::{
     Assessment, Bypass, Check, Confidence, Dimension, Expectation, Failure, Gate, Hook, REVIEWERS,
     Review, Settings, Status, Task, Trigger, answer_schema, assessment, default_dimensions,
-    instructions, judge, material, may_correct_threshold, read_answer,
+    feedback, instructions, judge, material, may_correct_threshold, read_answer,
 };
 
 /// Judges a task's work, and does what follows from the verdict.
 pub(super) async fn review(held: &Held, task: Task) -> Result<Option<Task>> {
     let db = &held.lease.db;
     let settings = db.settings().await?;
+    if let Some(verdict) = kept_verdict(&task) {
+        return go_on(held, &task, verdict, &settings).await;
+    }
     if task.document.may_be_question
         && let Some(task) = question::answer(held, &task, &settings).await?
     {
@@ -41,6 +44,31 @@ pub(super) async fn review(held: &Held, task: Task) -> Result<Option<Task>> {
         Some(assess(held, &task, &settings, trigger).await?)
     };
     settle(held, &task, judged, &settings).await
+}
+
+/// The verdict on a task's work that a gate has held up: a run begins without one.
+fn kept_verdict(task: &Task) -> Option<Value> {
+    task.document.result.as_ref()?.assessment.clone()
+}
+
+/// Goes on from a verdict that was told before a person was asked about it.
+async fn go_on(
+    held: &Held,
+    before: &Task,
+    verdict: Value,
+    settings: &Settings,
+) -> Result<Option<Task>> {
+    let mut tx = held.lease.db.begin();
+    let task = held_in_review(held, &mut tx, before).await?;
+    act_on(held, tx, task, verdict, settings).await
+}
+
+async fn held_in_review(held: &Held, tx: &mut ProjectTx, before: &Task) -> Result<Task> {
+    let task = tx.lock_task_under(&held.lease, before.id).await?;
+    if task.status() != Status::Review || task.run != before.run {
+        return Err(WorkError::LeaseLost);
+    }
+    Ok(task)
 }
 
 /// Whether a gate stops the judgement; then the task waits for a person.
@@ -84,32 +112,38 @@ async fn settle(
 ) -> Result<Option<Task>> {
     let db = &held.lease.db;
     let mut tx = db.begin();
-    let mut task = tx.lock_task_under(&held.lease, before.id).await?;
-    if task.status() != Status::Review || task.run != before.run {
-        return Err(WorkError::LeaseLost);
-    }
+    let mut task = held_in_review(held, &mut tx, before).await?;
     task.document.may_be_question = false;
     let Some(judged) = judged else {
         let aftermath = lifecycle::complete(&mut tx, db, &mut task, settings).await?;
         return commit(held, tx, task, aftermath).await;
     };
     judged.enter_in(&mut task);
-    let verdict = judged.verdict;
-    let data = json!(verdict);
+    let verdict = json!(judged.verdict);
     task.document.expectations = judged.expectations;
-    let aftermath = match Gate::closed(
-        &settings.approval_gates,
-        Hook::AssessmentComplete,
-        &task,
-        &data,
-    ) {
+    act_on(held, tx, task, verdict, settings).await
+}
+
+/// What follows from a verdict on new work.
+async fn act_on(
+    held: &Held,
+    mut tx: ProjectTx,
+    mut task: Task,
+    verdict: Value,
+    settings: &Settings,
+) -> Result<Option<Task>> {
+    let db = &held.lease.db;
+    let gates = &settings.approval_gates;
+    let aftermath = match Gate::closed(gates, Hook::AssessmentComplete, &task, &verdict) {
         Some(closed) => {
             let hook = Hook::AssessmentComplete;
             lifecycle::wait_for_person(&mut tx, db, &mut task, &closed, hook).await?
         }
-        None if verdict.passed => lifecycle::complete(&mut tx, db, &mut task, settings).await?,
+        None if verdict["passed"] == true => {
+            lifecycle::complete(&mut tx, db, &mut task, settings).await?
+        }
         None => {
-            let feedback = verdict.feedback();
+            let feedback = feedback(&verdict);
             after_failure(
                 &mut tx,
                 db,
@@ -145,13 +179,18 @@ impl Judged {
         });
         task.tell("assessment:completed", told.clone());
         task.tell("assessment:complete", told);
-        if let Some(result) = &mut task.document.result {
-            let earlier = result.assessment.replace(json!(verdict));
-            let replaced = self.before.as_ref().map(|verdict| json!(verdict));
-            result
-                .assessment_history
-                .extend(earlier.into_iter().chain(replaced));
+        let Some(result) = &mut task.document.result else {
+            return;
+        };
+        let replaced = self.before.as_ref().map(|verdict| json!(verdict));
+        if verdict.says_nothing() && result.assessment.is_some() {
+            // The last word on the work is still the one before.
+            result.assessment_history.push(json!(verdict));
+            return;
         }
+        let earlier = result.assessment.replace(json!(verdict));
+        let history = earlier.into_iter().chain(replaced);
+        result.assessment_history.extend(history);
     }
 }
 
@@ -170,6 +209,8 @@ pub(super) async fn reassess(held: &Held, id: Id<ids::Task>) -> Result<()> {
     tx.complete(&held.lease).await?;
     if let Some(judged) = judged
         && task.status() == before.status()
+        && task.run == before.run
+        && task.document.retries == before.document.retries
     {
         judged.enter_in(&mut task);
         // Corrections are of what was asked about; whoever gave it others meanwhile has the last word.
@@ -179,8 +220,13 @@ pub(super) async fn reassess(held: &Held, id: Id<ids::Task>) -> Result<()> {
         match (task.status(), judged.verdict.passed) {
             (Status::Failed, true) => {
                 task.redeem();
+                lifecycle::settle(&mut tx, &mut task).await?;
             }
-            (Status::Done, false) => {
+            (Status::Done, false) if !judged.verdict.says_nothing() => {
+                if let Some(result) = &mut task.document.result {
+                    result.stderr = feedback(&json!(judged.verdict));
+                    result.cause = Some(result.stderr.clone());
+                }
                 task.bypass(Bypass::ReassessedBadly);
             }
             _ => task.tell_updated(),
@@ -200,6 +246,17 @@ struct Asked {
 }
 
 impl Asked {
+    /// What a reviewer of a task's work is asked.
+    fn question<'a>(&self, task: &Task, model: &'a str) -> Question<'a> {
+        Question {
+            name: "review",
+            model,
+            system: instructions(self.criteria.as_deref(), &self.dimensions),
+            user: material(task),
+            schema: answer_schema(&self.dimensions),
+        }
+    }
+
     fn of(expectation: &Expectation) -> Self {
         let Expectation::LlmReview {
             criteria,
@@ -234,7 +291,7 @@ struct Sitting<'a> {
 
 /// Judges a task's work by its expectations; they may come back corrected.
 async fn assess(held: &Held, task: &Task, settings: &Settings, trigger: Trigger) -> Result<Judged> {
-    let Some(run) = task.run else {
+    let Some(run) = task.run.or(task.document.session.map(Id::from)) else {
         // Work without a run is work that never began.
         return Ok(Judged {
             verdict: assessment(trigger, Utc::now(), false, Vec::new()),
@@ -244,11 +301,10 @@ async fn assess(held: &Held, task: &Task, settings: &Settings, trigger: Trigger)
     };
     emit(held, vec![("assessment:started", json!({}))], task).await?;
     let model = judge_model(held, task, settings).await?;
-    let history = task
-        .document
-        .result
-        .as_ref()
-        .map_or(0, |result| result.assessment_history.len());
+    // Whoever goes on with this assessment finds the same; the next one does not.
+    let history = task.document.result.as_ref().map_or(0, |result| {
+        result.assessment_history.len() + usize::from(result.assessment.is_some())
+    });
     let name = json!(trigger);
     let name = name.as_str().unwrap_or_default();
     let round = |attempt| format!("{name}-{history}-{attempt}");
@@ -355,6 +411,10 @@ impl Sitting<'_> {
             let Some(asked) = asked.get(check) else {
                 continue;
             };
+            // People may have changed what is asked since, while the task was paused.
+            if step.body["question"] != asked.question(self.task, &self.model).fingerprint() {
+                continue;
+            }
             let said = match step.body["failure"].as_str() {
                 Some(failure) => Err(failure.to_owned()),
                 None => read_answer(
@@ -382,9 +442,10 @@ impl Sitting<'_> {
             }
             for reviewer in missing {
                 let (held, task, model) = (self.held, self.task, self.model.clone());
-                open.push(
-                    async move { (check, reviewer, one_review(held, task, one, &model).await) },
-                );
+                open.push(async move {
+                    let question = one.question(task, &model);
+                    (check, reviewer, pose(held, question).await)
+                });
             }
         }
         if !begun.is_empty() {
@@ -402,6 +463,7 @@ impl Sitting<'_> {
             };
             body["round"] = json!(self.round);
             body["check"] = json!(check);
+            body["question"] = json!(asked[check].question(self.task, &self.model).fingerprint());
             body["reviewer"] = json!(reviewer);
             self.reviews.insert((check, reviewer), said);
             let events = self.progress(check, reviewer, &asked[check], total);
@@ -474,27 +536,6 @@ fn label(asked: &Asked) -> String {
             .join(", ")
     };
     asked.criteria.clone().unwrap_or_else(names)
-}
-
-async fn one_review(held: &Held, task: &Task, asked: &Asked, model: &str) -> Result<Answer> {
-    let output = task
-        .document
-        .result
-        .as_ref()
-        .map_or("", |result| result.stdout.as_str());
-    let description = task
-        .document
-        .original_description
-        .as_deref()
-        .unwrap_or(&task.document.description);
-    let question = Question {
-        name: "review",
-        model,
-        system: instructions(asked.criteria.as_deref(), &asked.dimensions),
-        user: material(&task.title, description, output, &task.document.outcomes),
-        schema: answer_schema(&asked.dimensions),
-    };
-    pose(held, question).await
 }
 
 /// Corrects thresholds that were only estimated, if a judge finds them wrong (contract 2.7.5).

@@ -68,8 +68,9 @@ pub(super) async fn escalation(held: &Held, id: Id<ids::Task>) -> Result<()> {
     let settings = db.settings().await?;
     let mut tx = db.begin();
     let mut task = tx.lock_task(id).await?;
-    if is_asked_about_at_a_gate(&mut tx, &task).await? {
-        // Nobody can bring anything meanwhile, and nobody takes the question away from whoever is asked: its level has its time anew.
+    if task.held || is_asked_about_at_a_gate(&mut tx, &task).await? {
+        // Nobody can bring anything meanwhile, and nobody takes the question away from whoever is asked, or the task from whoever paused it: its
+        // level has its time anew.
         match task.level(&settings).and_then(|level| level.timeout_ms) {
             Some(again) if again > 0 => {
                 tx.put_off(&held.lease, Duration::from_millis(again))
@@ -110,7 +111,7 @@ async fn is_asked_about_at_a_gate(tx: &mut ProjectTx, task: &Task) -> Result<boo
         return Ok(false);
     }
     let gate = tx.pending_gate(task.id).await?;
-    Ok(gate.is_some_and(|gate| gate != lifecycle::ESCALATION))
+    Ok(gate.is_some_and(|gate| gate != Gate::ESCALATION))
 }
 
 /// Nobody has answered a request in its time.

@@ -336,7 +336,8 @@ async fn a_request_that_nobody_answers_fails_the_task_and_its_result_says_so() {
         let result = app.until(&id, "failed").await["result"].clone();
         assert_eq!(
             (&result["reason"], &result["exitCode"]),
-            (&json!("error"), &json!(1)),
+            // What the agent did, it did.
+            (&json!("error"), &json!(i32::from(hook == "task:spawn"))),
             "{hook}"
         );
         for member in ["stderr", "cause"] {
@@ -569,4 +570,49 @@ async fn finished_work_that_is_sent_back_by_hand_is_done_again() {
     })
     .await;
     waiting(&app, &id).await;
+}
+
+#[tokio::test]
+async fn the_gates_that_there_are_already_cannot_be_made() {
+    let app = with_gates(json!([])).await;
+    for id in ["side-effects", "escalation"] {
+        let gates = json!({"approvalGates": [gate("task:spawn", json!({"id": id}))]});
+        let (status, body) = answer(app.patch("/v1/config", gates)).await;
+        assert_eq!(
+            (status.as_u16(), &body["code"]),
+            (400, &json!("bad_request"))
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_yes_before_the_first_attempt_makes_it_no_other() {
+    let app = with_gates(json!([gate("task:spawn", json!({}))])).await;
+    let expectations = json!([{"type": "llm_review", "criteria": "Is it good?"}]);
+    let id = app
+        .task("work", json!({"expectations": expectations}))
+        .await;
+    let request = waiting(&app, &id).await;
+    decide(&app, &request, "approve", json!({})).await;
+    let task = app.until(&id, "done").await;
+    assert_eq!(task["result"]["assessment"]["trigger"], "initial");
+}
+
+#[tokio::test]
+async fn a_verdict_that_a_gate_held_up_is_told_once() {
+    let app = with_gates(json!([gate("assessment:complete", json!({}))])).await;
+    let expectations = json!([{"type": "llm_review", "criteria": "Is it good?"}]);
+    let id = app
+        .task("work", json!({"expectations": expectations}))
+        .await;
+    let request = waiting(&app, &id).await;
+    decide(&app, &request, "approve", json!({})).await;
+    let task = app.until(&id, "done").await;
+    assert_eq!(task["result"].get("assessmentHistory"), None);
+    assert_eq!(app.events("assessment:completed").await.len(), 1);
+    let reviews = app.upstream.asked();
+    assert_eq!(
+        reviews.iter().filter(|request| is_review(request)).count(),
+        3
+    );
 }

@@ -374,3 +374,173 @@ async fn expectations_that_are_changed_while_work_is_judged_again_stay_changed()
         "Is it short?"
     );
 }
+
+/// What reviewers were asked about.
+fn shown(app: &TestApp) -> Vec<String> {
+    let asked = app.upstream.asked();
+    let reviews = asked.iter().filter(|request| is_review(request));
+    reviews.map(|request| last_text(request, "user")).collect()
+}
+
+async fn reassess(app: &TestApp, id: &str) {
+    let (status, body) = answer(app.post(&format!("/v1/tasks/{id}/reassess"), json!({}))).await;
+    assert_eq!(status, 200, "{body}");
+    eventually("it is judged again", async || {
+        app.owed("reassess").await == 0
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn each_reassessment_asks_anew() {
+    let (app, reviews) = judged_by(&[5.0, 5.0, 5.0, 1.0]).await;
+    let id = app.task("notes", json!({})).await;
+    app.until(&id, "done").await;
+    let path = format!("/v1/tasks/{id}");
+    for (criteria, status, asked) in [("Is it good?", "done", 3), ("Is it short?", "failed", 6)] {
+        // Neither another agent nor other expectations take away what there is to judge.
+        app.agent(&format!("agent{asked}")).await;
+        let mut change = by(criteria);
+        change["assignTo"] = json!(format!("agent{asked}"));
+        assert_eq!(answer(app.patch(&path, change)).await.0, 200);
+        reassess(&app, &id).await;
+        assert_eq!(app.read(&id).await["status"], status);
+        assert_eq!(reviews.load(Ordering::SeqCst), asked);
+    }
+    let failed = app.read(&id).await;
+    assert!(
+        failed["result"]["cause"]
+            .as_str()
+            .unwrap()
+            .contains("it is worth 1")
+    );
+    let (_, told) = app.events("assessment:completed").await.pop().unwrap();
+    assert_eq!(told["passed"], false);
+}
+
+#[tokio::test]
+async fn a_reassessment_that_passes_says_no_more_why_the_work_was_bad() {
+    let (app, _) = judged_by(&[1.0, 1.0, 1.0, 5.0]).await;
+    let mut task = by("Is it good?");
+    task["maxRetries"] = json!(0);
+    answer(app.patch("/v1/config", json!({"maxFixAttempts": 0}))).await;
+    let id = app.task("notes", task).await;
+    let failed = app.until(&id, "failed").await;
+    assert!(failed["result"]["cause"].is_string());
+    reassess(&app, &id).await;
+    let done = app.read(&id).await;
+    assert_eq!(
+        (
+            &done["status"],
+            &done["result"]["stderr"],
+            &done["result"]["cause"]
+        ),
+        (&json!("done"), &json!(""), &Value::Null)
+    );
+}
+
+#[tokio::test]
+async fn reviewers_who_say_nothing_undo_no_finished_work() {
+    let (app, _) = judged_by(&[4.0, 4.0, 4.0, 0.0]).await;
+    let id = app.task("notes", by("Is it good?")).await;
+    let before = app.until(&id, "done").await;
+    reassess(&app, &id).await;
+    let task = app.read(&id).await;
+    assert_eq!(task["status"], "done");
+    assert_eq!(task["result"]["assessment"], before["result"]["assessment"]);
+    let history = task["result"]["assessmentHistory"].as_array().unwrap();
+    assert_eq!(
+        (history.len(), &history[0]["trigger"]),
+        (1, &json!("reassess"))
+    );
+}
+
+#[tokio::test]
+async fn a_verdict_on_earlier_work_says_nothing_of_the_next() {
+    let (app, _) = judged_by(&[1.0]).await;
+    let mut task = by("Is it good?");
+    task["maxRetries"] = json!(0);
+    answer(app.patch("/v1/config", json!({"maxFixAttempts": 0}))).await;
+    let id = app.task("notes", task).await;
+    app.until(&id, "failed").await;
+    app.upstream.answers(|request| {
+        if !is_review(request) {
+            return Reply::Plain(400, vec![], "{}".to_owned());
+        }
+        let Reply::Stream(words) = scored(request, 5.0) else {
+            unreachable!("a review is a stream")
+        };
+        Reply::Slow(std::time::Duration::from_millis(600), words)
+    });
+    let asked = app.upstream.asked().len();
+    answer(app.post(&format!("/v1/tasks/{id}/reassess"), json!({}))).await;
+    eventually("reviewers are asked", async || {
+        app.upstream.asked().len() > asked
+    })
+    .await;
+    answer(app.post(&format!("/v1/tasks/{id}/retry"), json!({}))).await;
+    eventually("both are over", async || app.owed("reassess").await == 0).await;
+    let task = app.until(&id, "failed").await;
+    assert_eq!(
+        (&task["result"]["exitCode"], &task["result"]["assessment"]),
+        (&json!(1), &Value::Null)
+    );
+}
+
+#[tokio::test]
+async fn reviewers_see_the_task_as_it_stands_and_as_it_was_given() {
+    let (app, _) = judged_by(&[5.0]).await;
+    let mut task = by("Is it good?");
+    task["sideEffects"] = json!(true);
+    let id = app.task("notes", task).await;
+    app.until(&id, "awaiting_approval").await;
+    let request = answer(app.get(&format!("/v1/approvals?taskId={id}")))
+        .await
+        .1[0]
+        .clone();
+    let path = format!("/v1/approvals/{}/reject", request["id"].as_str().unwrap());
+    answer(app.post(&path, json!({"feedback": "In German, please"}))).await;
+    eventually("the new work is judged", async || shown(&app).len() == 6).await;
+    let shown = shown(&app);
+    assert!(!shown[0].contains("first-description"));
+    assert!(
+        shown[5].contains("In German, please")
+            && shown[5].contains("<first-description>\nDo notes\n"),
+        "{}",
+        shown[5]
+    );
+}
+
+#[tokio::test]
+async fn what_is_asked_anew_while_a_task_is_paused_is_not_answered_from_before() {
+    let (app, _) = judged_by(&[5.0]).await;
+    app.upstream.answers(|request| {
+        if !is_review(request) {
+            Reply::Stream(said("Dark mode is new."))
+        } else if last_text(request, "system").contains("Is it old?") {
+            Reply::Hang(vec![])
+        } else {
+            scored(request, 5.0)
+        }
+    });
+    let expectations = json!([
+        {"type": "llm_review", "criteria": "Is it good?"},
+        {"type": "llm_review", "criteria": "Is it old?"},
+    ]);
+    let id = app
+        .task("notes", json!({"expectations": expectations}))
+        .await;
+    eventually("one check is complete", async || {
+        app.events("assessment:check:complete").await.len() == 1
+    })
+    .await;
+    answer(app.post(&format!("/v1/tasks/{id}/pause"), json!({}))).await;
+    answer(app.patch(&format!("/v1/tasks/{id}"), by("Is it new?"))).await;
+    answer(app.post(&format!("/v1/tasks/{id}/run"), json!({}))).await;
+    app.until(&id, "done").await;
+    let asked = app.upstream.asked();
+    let anew = asked
+        .iter()
+        .filter(|request| last_text(request, "system").contains("Is it new?"));
+    assert_eq!(anew.count(), 3);
+}

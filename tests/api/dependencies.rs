@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::harness::{Reply, TestApp, answer, eventually, last_text, said};
 use crate::tasks::{names, start};
@@ -34,6 +34,24 @@ async fn a_diamond_of_tasks_runs_in_order_by_id_and_by_title() {
     assert_eq!(asked.len(), 4);
 }
 
+/// A task that has failed and may be tried again, and one that needs it and has just been handed over. The model must refuse `Do first`.
+async fn failed_and_needed(app: &TestApp, others: Value) -> (String, String) {
+    let mut first = json!({"draft": true, "maxRetries": 0});
+    first
+        .as_object_mut()
+        .unwrap()
+        .extend(others.as_object().unwrap().clone());
+    let first = app.task("first", first).await;
+    let second = json!({"dependsOn": [first], "draft": true});
+    let second = app.task("second", second).await;
+    answer(app.post(&format!("/v1/tasks/{first}/queue"), json!({}))).await;
+    app.until(&first, "failed").await;
+    let path = format!("/v1/tasks/{first}");
+    answer(app.patch(&path, json!({"maxRetries": 1}))).await;
+    answer(app.post(&format!("/v1/tasks/{second}/queue"), json!({}))).await;
+    (first, second)
+}
+
 #[tokio::test]
 async fn what_needs_a_failed_task_gets_a_verdict() {
     for (verdict, expected) in [
@@ -57,19 +75,23 @@ async fn what_needs_a_failed_task_gets_a_verdict() {
         app.upstream.answers(move |request| {
             if request["model"] == "decider" {
                 Reply::Stream(said(&given))
+            } else if last_text(request, "user") == "Do first" {
+                Reply::Plain(400, vec![], "{}".to_owned())
             } else {
                 Reply::Stream(said("Done."))
             }
         });
-        let first = app.task("first", json!({"draft": true})).await;
-        let second = app.task("second", json!({"dependsOn": [first]})).await;
-        answer(app.post(&format!("/v1/tasks/{first}/kill"), json!({}))).await;
+        let (first, second) = failed_and_needed(&app, json!({})).await;
         let task = app.until(&second, expected).await;
         let told = names(&app, "deadlock:*").await;
         assert!(told.contains(&"deadlock:detected".to_owned()), "{told:?}");
         if verdict.contains("absorb") {
             assert_eq!(task["description"], "Do it alone");
             assert_eq!(task["dependsOn"], json!([]));
+        }
+        if verdict.contains("retry") {
+            assert_eq!(app.read(&first).await["retries"], 1);
+            assert_eq!(names(&app, "task:retry").await.len(), 1);
         }
         if expected == "failed" {
             assert!(
@@ -98,15 +120,20 @@ async fn a_need_that_cannot_be_tried_again_is_asked_about_once() {
     let app = start().await;
     answer(app.patch("/v1/config", json!({"orchestratorModel": "openai:decider"}))).await;
     let verdict = json!({"action": "retry", "reason": "r", "description": ""}).to_string();
-    app.upstream
-        .answers(move |_| Reply::Slow(Duration::from_millis(400), said(&verdict)));
-    let first = app.task("first", json!({"draft": true})).await;
-    let second = app.task("second", json!({"dependsOn": [first]})).await;
-    answer(app.post(&format!("/v1/tasks/{first}/kill"), json!({}))).await;
-    eventually("the orchestrator is asked", async || {
-        app.upstream.asked().len() == 1
-    })
-    .await;
+    app.upstream.answers(move |request| {
+        if request["model"] == "decider" {
+            Reply::Slow(Duration::from_millis(400), said(&verdict))
+        } else {
+            Reply::Plain(400, vec![], "{}".to_owned())
+        }
+    });
+    let (_, second) = failed_and_needed(&app, json!({})).await;
+    let verdicts = || {
+        let asked = app.upstream.asked();
+        let verdicts = asked.iter().filter(|asked| asked["model"] == "decider");
+        verdicts.count()
+    };
+    eventually("the orchestrator is asked", async || verdicts() == 1).await;
     // Its title is another's before it can come back.
     app.task("first", json!({"draft": true})).await;
     let failed = app.until(&second, "failed").await;
@@ -117,7 +144,7 @@ async fn a_need_that_cannot_be_tried_again_is_asked_about_once() {
             .contains("cannot be tried again"),
         "{failed}"
     );
-    assert_eq!(app.upstream.asked().len(), 1);
+    assert_eq!(verdicts(), 1);
 }
 
 /// A server whose orchestrator gives this verdict about tasks that cannot begin, and whose agents stay at theirs.
@@ -128,6 +155,8 @@ async fn with_verdict(verdict: &'static str) -> TestApp {
         if request["model"] == "decider" {
             let verdict = json!({"action": verdict, "reason": "r", "description": "Do it alone"});
             Reply::Stream(said(&verdict.to_string()))
+        } else if last_text(request, "user") == "Do first" {
+            Reply::Plain(400, vec![], "{}".to_owned())
         } else if last_text(request, "user").contains("stay") {
             Reply::Hang(vec![])
         } else {
@@ -172,11 +201,66 @@ async fn a_need_in_a_mission_that_is_over_cannot_be_tried_again() {
 #[tokio::test]
 async fn a_need_is_tried_again_whatever_tasks_of_missions_are_called() {
     let app = with_verdict("retry").await;
-    let first = app.task("first", json!({"draft": true})).await;
     let tasks = json!([{"title": "first", "description": "stay", "assignTo": "noor"}]);
     let mission = app.mission("alike", json!({"tasks": tasks})).await;
     assert_eq!(app.execute(&mission).await.0, 200);
+    let (_, second) = failed_and_needed(&app, json!({})).await;
+    app.until(&second, "done").await;
+}
+
+#[tokio::test]
+async fn what_people_stopped_or_what_touches_the_world_is_not_tried_again_for_others() {
+    // One that was killed.
+    let app = with_verdict("retry").await;
+    let first = app.task("stay", json!({})).await;
     let second = app.task("second", json!({"dependsOn": [first]})).await;
+    app.until(&first, "in_progress").await;
     answer(app.post(&format!("/v1/tasks/{first}/kill"), json!({}))).await;
+    app.until(&second, "failed").await;
+    assert_eq!(app.read(&first).await["retries"], 0);
+    // One that acts on the outside world, and whose gate nobody opened.
+    let app = with_verdict("retry").await;
+    let gate = json!({"id": "g", "name": "G", "handler": "human", "hook": "task:complete", "timeoutMs": 1});
+    answer(app.patch("/v1/config", json!({"approvalGates": [gate]}))).await;
+    let touches = json!({"sideEffects": true, "description": "Act"});
+    let (first, second) = failed_and_needed(&app, touches).await;
+    app.until(&second, "failed").await;
+    assert_eq!(app.read(&first).await["retries"], 0);
+    let asked = app.upstream.asked();
+    let acted = asked
+        .iter()
+        .filter(|asked| last_text(asked, "user") == "Act");
+    assert_eq!(acted.count(), 1);
+}
+
+#[tokio::test]
+async fn a_gate_before_retries_stands_before_those_for_others_too() {
+    let app = with_verdict("retry").await;
+    let gate = json!({"id": "g", "name": "G", "handler": "human", "hook": "task:retry"});
+    answer(app.patch("/v1/config", json!({"approvalGates": [gate]}))).await;
+    let (first, second) = failed_and_needed(&app, json!({})).await;
+    app.until(&first, "awaiting_approval").await;
+    let path = "/v1/approvals?status=pending";
+    let request = answer(app.get(path)).await.1[0].clone();
+    assert_eq!(
+        (&request["gateId"], &request["taskId"]),
+        (&json!("g"), &json!(first))
+    );
+    let path = format!("/v1/approvals/{}/approve", request["id"].as_str().unwrap());
+    assert_eq!(answer(app.post(&path, json!({}))).await.0, 200);
+    app.until(&second, "done").await;
+    assert_eq!(app.read(&first).await["retries"], 1);
+}
+
+#[tokio::test]
+async fn nobody_judges_a_task_that_is_paused() {
+    let app = with_verdict("absorb").await;
+    let first = app.task("stay", json!({})).await;
+    let second = app.task("second", json!({"dependsOn": [first]})).await;
+    answer(app.post(&format!("/v1/tasks/{second}/pause"), json!({}))).await;
+    answer(app.post(&format!("/v1/tasks/{first}/kill"), json!({}))).await;
+    eventually("it is looked at", async || app.owed("blocked").await == 0).await;
+    assert_eq!(app.read(&second).await["status"], "pending");
+    answer(app.post(&format!("/v1/tasks/{second}/run"), json!({}))).await;
     app.until(&second, "done").await;
 }

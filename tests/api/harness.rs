@@ -259,6 +259,16 @@ impl TestApp {
             .collect()
     }
 
+    /// How many jobs of a kind are owed.
+    pub(crate) async fn owed(&self, kind: &str) -> i64 {
+        let mut database = PgConnection::connect(&self.database_url).await.unwrap();
+        sqlx::query_scalar("select count(*) from production.jobs where kind = $1")
+            .bind(kind)
+            .fetch_one(&mut database)
+            .await
+            .unwrap()
+    }
+
     pub(crate) fn chat(&self, body: Value) -> RequestBuilder {
         self.post("/v1/chat/completions", body)
     }

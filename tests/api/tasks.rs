@@ -213,7 +213,7 @@ async fn what_is_wrong_is_refused_with_a_sentence_and_nothing_is_stored() {
         ("maxRetries", json!(101), "100"),
         ("maxDuration", json!("long"), "whole number"),
         ("priority", json!("high"), "a number"),
-        ("deadline", json!("soon"), "input"),
+        ("deadline", json!("soon"), "2026-04-07T12:00:00Z"),
         ("retryPolicy", json!({"escalateAfter": -1}), "whole number"),
         ("title", json!("a\0b"), "NUL"),
         ("assignTo", json!("x".repeat(201)), "200"),
@@ -1326,7 +1326,7 @@ async fn what_was_finished_and_is_not_good_does_not_look_like_a_success() {
     let result = app.until(&id, "failed").await["result"].clone();
     assert_eq!(
         (&result["reason"], &result["exitCode"], &result["stdout"]),
-        (&json!("error"), &json!(1), &json!("Here."))
+        (&json!("error"), &json!(0), &json!("Here."))
     );
     for member in ["stderr", "cause"] {
         let said = result[member].as_str().unwrap();
@@ -1570,4 +1570,146 @@ async fn a_task_is_not_assigned_by_hand_before_what_it_needs() {
     let (status, body) = answer(app.patch(&path, json!({"status": "assigned"}))).await;
     assert_eq!((status.as_u16(), &body["code"]), (409, &json!("conflict")));
     assert_eq!(app.read(&second).await["status"], "pending");
+}
+
+#[tokio::test]
+async fn a_paused_task_that_is_assigned_by_hand_goes_on() {
+    let app = start().await;
+    app.upstream.answers(|_| Reply::Hang(vec![]));
+    let id = app.task("work", json!({})).await;
+    app.until(&id, "in_progress").await;
+    answer(app.post(&format!("/v1/tasks/{id}/pause"), json!({}))).await;
+    app.upstream.answers(|_| Reply::Stream(said("Here.")));
+    let assigned = app.patch(&format!("/v1/tasks/{id}"), json!({"status": "assigned"}));
+    let (status, task) = answer(assigned).await;
+    assert_eq!((status.as_u16(), task.get("held")), (200, None));
+    app.until(&id, "done").await;
+}
+
+#[tokio::test]
+async fn another_agent_works_with_its_own_model() {
+    let app = start().await;
+    app.agent("boss").await;
+    app.upstream.answers(|request| {
+        if request["model"] == "better" {
+            Reply::Plain(400, vec![], "{}".to_owned())
+        } else {
+            Reply::Stream(said("Solved."))
+        }
+    });
+    let policy = json!({"escalateAfter": 1, "escalateModel": "openai:better"});
+    let task = json!({"retryPolicy": policy, "maxRetries": 1, "description": "refuse"});
+    app.upstream
+        .will(Reply::Plain(400, vec![], "{}".to_owned()));
+    let id = app.task("hard", task).await;
+    app.until(&id, "failed").await;
+    answer(app.patch(&format!("/v1/tasks/{id}"), json!({"assignTo": "boss"}))).await;
+    answer(app.post(&format!("/v1/tasks/{id}/retry"), json!({}))).await;
+    app.until(&id, "done").await;
+}
+
+#[tokio::test]
+async fn what_acted_on_the_world_and_then_asks_is_not_begun_anew() {
+    let app = start().await;
+    answer(app.patch("/v1/config", json!({"orchestratorModel": "openai:decider"}))).await;
+    app.upstream.answers(|request| {
+        if results(request) == 0 {
+            Reply::Stream(called(&[(
+                "c",
+                "memory_append",
+                &[r#"{"content":"sent"}"#],
+            )]))
+        } else {
+            Reply::Stream(said("Which one?"))
+        }
+    });
+    let id = app.task("send", json!({"sideEffects": true})).await;
+    app.until(&id, "awaiting_approval").await;
+    assert_eq!(app.upstream.asked().len(), 2);
+}
+
+#[tokio::test]
+async fn everything_that_can_change_is_changed_and_the_rest_refused() {
+    let app = start().await;
+    let id = app.task("work", json!({"draft": true, "user": "u1"})).await;
+    let path = format!("/v1/tasks/{id}");
+    let change = json!({
+        "maxDuration": 5000, "deadline": "2030-01-01T00:00:00Z", "retryPolicy": {"escalateAfter": 1},
+        "expectedOutcomes": [{"type": "text", "label": "Notes"}], "user": null, "routing": "eu", "title": "work",
+    });
+    let (status, task) = answer(app.patch(&path, change)).await;
+    assert_eq!(status, 200, "{task}");
+    assert_eq!(app.read(&id).await, task);
+    for (member, value) in [
+        ("maxDuration", json!(5000)),
+        ("deadline", json!("2030-01-01T00:00:00.000Z")),
+        ("retryPolicy", json!({"escalateAfter": 1})),
+        ("routing", json!("eu")),
+    ] {
+        assert_eq!(task[member], value, "{member}");
+    }
+    assert_eq!(
+        (
+            task["expectedOutcomes"][0]["label"].as_str(),
+            task.get("user")
+        ),
+        (Some("Notes"), None)
+    );
+    assert_eq!(app.owed("deadline").await, 1);
+    let nothing = json!({"maxDuration": null, "deadline": null, "retryPolicy": null, "expectedOutcomes": null});
+    let (_, task) = answer(app.patch(&path, nothing)).await;
+    for member in ["maxDuration", "deadline", "retryPolicy", "expectedOutcomes"] {
+        assert_eq!(task.get(member), None, "{member}");
+    }
+    assert_eq!(app.owed("deadline").await, 0);
+    for (member, value) in [
+        ("title", json!("other")),
+        ("dependsOn", json!(["other"])),
+        ("group", json!("g")),
+        ("maxDuration", json!(-1)),
+        ("deadline", json!("soon")),
+        ("retryPolicy", json!([1])),
+        ("expectedOutcomes", json!([{"type": "smell", "label": "l"}])),
+        ("metrics", json!([{"name": "m"}])),
+        ("user", json!(7)),
+    ] {
+        let (status, body) = answer(app.patch(&path, json!({member: value}))).await;
+        assert_eq!(
+            (status.as_u16(), &body["code"]),
+            (400, &json!("bad_request")),
+            "{member}"
+        );
+        assert!(body["error"].as_str().unwrap().contains(member), "{body}");
+    }
+}
+
+#[tokio::test]
+async fn what_a_run_did_is_read_in_pages() {
+    let app = start().await;
+    app.upstream.answers(|request| {
+        if results(request) < 2 {
+            Reply::Stream(called(&[("c", "memory_get", &["{}"])]))
+        } else {
+            Reply::Stream(said("Here."))
+        }
+    });
+    let id = app.task("work", json!({})).await;
+    app.until(&id, "done").await;
+    let whole = answer(app.get(&format!("/v1/tasks/{id}/activity"))).await.1;
+    let whole = whole["entries"].as_array().unwrap().clone();
+    assert_eq!(whole.len(), 5);
+    let mut read = Vec::new();
+    let mut next = Some(format!("/v1/tasks/{id}/activity?limit=2"));
+    while let Some(path) = next {
+        let page = app.get(&path).send().await.unwrap();
+        next = page.headers().get("link").map(|link| {
+            let link = link.to_str().unwrap();
+            link.split(['<', '>']).nth(1).unwrap().to_owned()
+        });
+        let page: Value = page.json().await.unwrap();
+        read.extend(page["entries"].as_array().unwrap().clone());
+    }
+    assert_eq!(read, whole);
+    let path = format!("/v1/tasks/{id}/activity?after=soon");
+    assert_eq!(answer(app.get(&path)).await.0, 400);
 }
