@@ -48,6 +48,10 @@ pub struct Config {
     #[arg(long, env = "POLPO_ACQUIRE_TIMEOUT_MS", default_value_t = 5_000)]
     pub acquire_timeout_ms: u64,
 
+    /// How long a request waits for a database that does not answer, in milliseconds.
+    #[arg(long, env = "POLPO_DATABASE_PATIENCE_MS", default_value_t = 30_000, value_parser = clap::value_parser!(u64).range(1..))]
+    pub database_patience_ms: u64,
+
     /// How long to wait for a connection to a model's provider, in milliseconds.
     #[arg(long, env = "POLPO_CONNECT_TIMEOUT_MS", default_value_t = 10_000)]
     pub connect_timeout_ms: u64,
@@ -229,6 +233,11 @@ impl Config {
     /// How long a request waits for a database connection.
     pub fn acquire_timeout(&self) -> Duration {
         Duration::from_millis(self.acquire_timeout_ms)
+    }
+
+    /// How long a request waits for a database that does not answer.
+    pub fn database_patience(&self) -> Duration {
+        Duration::from_millis(self.database_patience_ms)
     }
 
     /// How long a delivery is tried again, and a webhook may fail before it is disabled.

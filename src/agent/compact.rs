@@ -29,6 +29,8 @@ pub struct Compaction {
 const FULL: u64 = 80;
 /// The share that is left after shortening at most.
 const AIM: u64 = 50;
+/// The share of the window that a summary must stand for, where the conversation does not fit with it either.
+const WORTH: u64 = 25;
 /// The newest tool results stay.
 const KEPT_RESULTS: usize = 3;
 /// A tool result that is shorter, in bytes, is not worth taking out.
@@ -66,6 +68,11 @@ impl Compactor {
             self.window = Some(tokens(request));
         }
         possible
+    }
+
+    /// The provider took the conversation as it is: if it finds a later one too long, that is another matter.
+    pub(super) fn fits(&mut self) {
+        self.insisted = false;
     }
 
     /// Shortens the conversation by one measure, if it must be and can be.
@@ -148,18 +155,19 @@ fn size(message: &Message) -> usize {
 
 /// One token per four bytes, tool definitions included.
 fn tokens(request: &ModelRequest) -> u64 {
-    let messages: usize = request
-        .messages
-        .iter()
-        .map(|message| size(message) + 16)
-        .sum();
     let tools: usize = request
         .tools
         .iter()
         .map(|tool| tool.name.len() + tool.description.as_ref().map_or(0, String::len) + 200)
         .sum();
-    let all = messages + tools + request.system.as_ref().map_or(0, String::len);
-    (all as u64).div_ceil(4)
+    let others = tools + request.system.as_ref().map_or(0, String::len);
+    of(&request.messages) + (others as u64).div_ceil(4)
+}
+
+/// The same of messages alone.
+fn of(messages: &[Message]) -> u64 {
+    let bytes: usize = messages.iter().map(|message| size(message) + 16).sum();
+    (bytes as u64).div_ceil(4)
 }
 
 /// Takes out old tool results, the oldest first, until the rest fits.
@@ -218,6 +226,11 @@ async fn summarize(
     let Some(last) = last.filter(|last| *last > 2) else {
         return Ok(None);
     };
+    // What stays may fill the window alone, and each summary costs as much as a turn.
+    let (all, middle) = (tokens(request), of(&request.messages[1..last]));
+    if (all - middle) * 100 > window * FULL && middle * 100 < window * WORTH {
+        return Ok(None);
+    }
     let mut told = String::new();
     for message in &request.messages[1..last] {
         tell(&mut told, message);
@@ -237,7 +250,15 @@ async fn summarize(
         } else {
             format!("Summary so far: {summary}\n\nWhat followed:\n\n{piece}")
         };
-        let (said, usage) = ask(provider, request, text).await?;
+        let (said, usage) = match ask(provider, request, text).await {
+            Ok(answer) => answer,
+            Err(ProviderError::NotPermitted) => return Err(ProviderError::NotPermitted),
+            Err(error) => {
+                // The conversation is what counts: it goes on as well as it can without.
+                tracing::warn!("a conversation is not summarized: {}", error.told());
+                return Ok(None);
+            }
+        };
         used += usage;
         if said.trim().is_empty() {
             return Ok(None);
@@ -437,6 +458,50 @@ mod tests {
             let again = compactor.shorten(provider, &mut request).await.unwrap();
             assert_eq!(again, None);
         }
+    }
+
+    /// A model that refuses whatever it is asked.
+    #[derive(Debug)]
+    struct Refusing;
+
+    #[async_trait::async_trait]
+    impl Provider for Refusing {
+        async fn stream(&self, _: ModelRequest) -> Result<crate::llm::ModelStream, ProviderError> {
+            Err(ProviderError::Rejected("not this".to_owned()))
+        }
+    }
+
+    #[tokio::test]
+    async fn a_summary_that_is_refused_costs_no_work() {
+        let mut request = conversation(400, 300);
+        let before = request.messages.clone();
+        let mut compactor = Compactor::new(Some(8_000));
+        let shortened = compactor.shorten(&Refusing, &mut request).await;
+        assert_eq!(shortened.unwrap(), None);
+        assert_eq!(request.messages, before);
+    }
+
+    #[tokio::test]
+    async fn nothing_is_summarized_again_and_again_where_the_rest_fills_the_window() {
+        let mut request = conversation(4, 300);
+        request.system = Some("x".repeat(60_000));
+        let mut compactor = Compactor::new(Some(8_000));
+        let shortened = compactor.shorten(&Echo, &mut request).await;
+        assert_eq!(shortened.unwrap(), None);
+        // It is done where it is worth it.
+        let mut request = conversation(40, 300);
+        request.system = Some("x".repeat(60_000));
+        let shortened = compactor.shorten(&Echo, &mut request).await;
+        assert!(shortened.unwrap().unwrap().summary.is_some());
+    }
+
+    #[test]
+    fn a_provider_may_find_a_conversation_too_long_more_than_once() {
+        let request = conversation(4, 300);
+        let mut compactor = Compactor::new(Some(8_000));
+        assert!(compactor.insist(&request) && !compactor.insist(&request));
+        compactor.fits();
+        assert!(compactor.insist(&request));
     }
 
     /// A model that is brief, and remembers how long what it was asked is.

@@ -68,6 +68,16 @@ pub enum TurnError {
     TooManyCalls(u32),
 }
 
+impl TurnError {
+    /// What happened, for whoever waits for the turn.
+    pub fn told(&self) -> String {
+        match self {
+            Self::Provider(error) => error.told(),
+            error => error.to_string(),
+        }
+    }
+}
+
 /// What may be done about an answer of the wrong format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Repair {
@@ -142,6 +152,7 @@ pub fn turn(
                     Err(ProviderError::ContextTooLong) if compactor.insist(&request) => continue,
                     stream => stream?,
                 };
+                compactor.fits();
                 let step = loop {
                     let event = stream.next().await.ok_or_else(|| {
                         ProviderError::Protocol("the stream ended without a finish".to_owned())

@@ -472,6 +472,10 @@ pub(super) fn check(app: &App, definition: &Map<String, Value>) -> Result<(), Ap
         serde_json::from_value::<AgentFields>(alone)
             .map_err(|error| ApiError::invalid(key, format!("`{key}` is not valid: {error}.")))?;
     }
+    let tools = definition.get("allowedTools").and_then(Value::as_array);
+    for tool in tools.into_iter().flatten().filter_map(Value::as_str) {
+        check_tool(tool)?;
+    }
     for key in ["maxTurns", "maxConcurrency"] {
         if definition.get(key).is_some_and(|value| value == 0) {
             return Err(ApiError::invalid(
@@ -497,6 +501,20 @@ pub(super) fn check(app: &App, definition: &Map<String, Value>) -> Result<(), Ap
         )),
         _ => Ok(()),
     }
+}
+
+/// A tool's name, or a pattern for some (contract 2.4.1). One that this server does not have may be another's, or one that is to come.
+fn check_tool(tool: &str) -> Result<(), ApiError> {
+    let fits = |byte: u8| byte.is_ascii_alphanumeric() || b"_-*.:".contains(&byte);
+    if (1..=200).contains(&tool.len()) && tool.bytes().all(fits) {
+        return Ok(());
+    }
+    Err(ApiError::invalid(
+        "allowedTools",
+        format!(
+            "`allowedTools`: \"{tool:.40}\" is no tool's name, nor a pattern such as `memory_*`."
+        ),
+    ))
 }
 
 /// Names are addresses: they stand in paths, in `model` and in `assignTo`.

@@ -8,6 +8,7 @@ use uuid::Uuid;
 
 use super::error::ApiError;
 use super::limit::Allowance;
+use super::patience::within;
 use crate::app::App;
 use crate::seal::sha256;
 use crate::store::{ProjectDb, StoreError, World};
@@ -20,8 +21,9 @@ pub async fn project(
     mut request: Request,
     next: Next,
 ) -> Result<Response, ApiError> {
-    let (caller, door) = open(&app, request.headers()).await?;
-    if let Some(presented) = Presented::of(request.headers()) {
+    let opened = open(&app, request.headers());
+    let (caller, door) = within(app.config.database_patience(), opened).await?;
+    if let Some(presented) = Presented::of(&app, request.headers(), door.project()) {
         request.extensions_mut().insert(presented);
     }
     let allowance = app.limits.take(caller);
@@ -39,28 +41,37 @@ pub async fn project(
     Ok(response)
 }
 
-/// The key that a request came with, for answers that outlive the check of it. The admin's token is not one.
+/// What a request came with, for answers that outlive the check of it.
 #[derive(Debug, Clone, Copy)]
-pub struct Presented {
-    world: World,
-    hash: [u8; 32],
+pub enum Presented {
+    /// A project's key.
+    Key {
+        /// The world that it opens.
+        world: World,
+        /// What is known of it.
+        hash: [u8; 32],
+    },
+    /// The admin's token, with a project.
+    Admin(Uuid),
 }
 
 impl Presented {
-    fn of(headers: &HeaderMap) -> Option<Self> {
+    fn of(app: &App, headers: &HeaderMap, project: Uuid) -> Option<Self> {
         let key = credential(headers)?;
-        Some(Self {
-            world: world_of(key)?,
-            hash: sha256(key),
-        })
+        if app.is_admin(key) {
+            return Some(Self::Admin(project));
+        }
+        let (world, hash) = (world_of(key)?, sha256(key));
+        Some(Self::Key { world, hash })
     }
 
-    /// Whether it still opens something. A database that is away does not say no.
+    /// Whether it opens nothing any more. A database that is away does not say so.
     pub async fn is_revoked(self, app: &App) -> bool {
-        matches!(
-            app.db.authenticate(self.world, self.hash).await,
-            Err(StoreError::NotFound)
-        )
+        let opened = match self {
+            Self::Key { world, hash } => app.db.authenticate(world, hash).await.map(drop),
+            Self::Admin(project) => app.db.admin_door(project).await.map(drop),
+        };
+        matches!(opened, Err(StoreError::NotFound))
     }
 }
 

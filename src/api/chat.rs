@@ -18,6 +18,7 @@ use super::openai::{
     ChatChoice, ChatCompletion, ChatRequest, ChunkWriter, assistant_message, finish_word,
     usage_object,
 };
+use super::patience::within;
 use super::sse::event_stream;
 use super::turn::{self, Said, Turn};
 use crate::agent::{Answer, Course, OutputFormat, Persona, Repair, Toolbox, system_prompt};
@@ -59,27 +60,68 @@ pub async fn create_completion(
     Json(mut request): Json<ChatRequest>,
 ) -> Result<Response, ApiError> {
     let conversation = Conversation::new(&mut request)?;
+    let streams = request.stream.unwrap_or(false);
+    let usage = request.stream_options.as_ref();
+    let usage = usage
+        .and_then(|options| options.include_usage)
+        .unwrap_or(false);
+    let prepared = prepare(&app, db, &headers, request, conversation);
+    let Prepared {
+        turn,
+        provider,
+        request,
+        format,
+        toolbox,
+    } = within(app.config.database_patience(), prepared).await?;
+    let structured = !matches!(format, OutputFormat::Text);
+    let head = Head::new(&turn, &turn.agent);
+    let repair = if streams { Repair::Never } else { Repair::Once };
+    let course = Course::chat(format, repair);
+    let mut said = turn::begin(&app, turn, provider, request, course, toolbox);
+    let response = if streams {
+        stream_answer(said, &head, usage, app.config.keep_alive()).await?
+    } else {
+        collect_answer(&mut said, &head, structured)
+            .await?
+            .into_response()
+    };
+    Ok(head.write(response))
+}
+
+/// All that a turn needs.
+struct Prepared {
+    turn: Turn,
+    provider: Arc<dyn Provider>,
+    request: ModelRequest,
+    format: OutputFormat,
+    toolbox: Arc<ServerTools>,
+}
+
+/// Finds who answers, with what, and what was said before.
+async fn prepare(
+    app: &App,
+    db: ProjectDb,
+    headers: &HeaderMap,
+    mut request: ChatRequest,
+    conversation: Conversation,
+) -> Result<Prepared, ApiError> {
     let agent = answering_agent(&db, &request).await?;
-    let (provider, model_name, model) = resolve_model(&app, &db, &agent).await?;
+    let (provider, model_name, model) = resolve_model(app, &db, &agent).await?;
     let format = OutputFormat::new(&conversation.response_format).map_err(|error| {
         ApiError::invalid(
             "response_format",
             format!("The schema cannot be used: {error}."),
         )
     })?;
-    let (session, continues) = asked_session(&headers, &request)?;
+    let (session, continues) = asked_session(headers, &request)?;
     let history = if continues {
         history(&db, session, conversation.whole).await?
     } else {
         Vec::new()
     };
-
     let toolbox = Arc::new(ServerTools::of(db.clone(), &agent, app.fetcher.clone()));
     refuse_clashes(&conversation, toolbox.tools())?;
     let memories = db.memories(&agent.name).await?;
-
-    let structured = !matches!(format, OutputFormat::Text);
-    let streams = request.stream.unwrap_or(false);
     let new_messages = conversation.messages[conversation.told_before..].to_vec();
     let turn = Turn {
         db,
@@ -94,32 +136,17 @@ pub async fn create_completion(
         model_name,
         started_at: Utc::now(),
     };
-    let head = Head::new(&turn, &agent);
-    let model_request = ModelRequest {
-        whole: !streams,
+    let request = ModelRequest {
+        whole: !request.stream.unwrap_or(false),
         ..model_request(&agent, &memories, model, conversation, history)
     };
-    let repair = if streams { Repair::Never } else { Repair::Once };
-    let mut said = turn::begin(
-        &app,
+    Ok(Prepared {
         turn,
         provider,
-        model_request,
-        Course::chat(format, repair),
+        request,
+        format,
         toolbox,
-    );
-    let response = if streams {
-        let usage = request
-            .stream_options
-            .and_then(|options| options.include_usage)
-            .unwrap_or(false);
-        stream_answer(said, &head, usage, app.config.keep_alive()).await?
-    } else {
-        collect_answer(&mut said, &head, structured)
-            .await?
-            .into_response()
-    };
-    Ok(head.write(response))
+    })
 }
 
 /// A tool of the caller's may not have the name of one that the server runs (contract 2.1.9).

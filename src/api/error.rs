@@ -183,7 +183,7 @@ impl ApiError {
     fn log(&self) {
         match self {
             Self::Internal(error) => tracing::error!("a request failed: {error:#}"),
-            Self::Unavailable(error) => tracing::warn!("the database is unavailable: {error:#}"),
+            Self::Unavailable(error) => tracing::warn!("a request cannot be served now: {error:#}"),
             _ => {}
         }
     }

@@ -169,11 +169,14 @@ pub async fn read_events(
     let header = headers
         .get("last-event-id")
         .map(|value| value.to_str().unwrap_or("?"));
-    let asked = header
-        .or(query.last_event_id.as_deref())
-        .or(query.after.as_deref())
-        .map(str::trim)
-        .filter(|id| !id.is_empty());
+    // A client that has seen nothing yet may send an empty one.
+    let said = [
+        header,
+        query.last_event_id.as_deref(),
+        query.after.as_deref(),
+    ];
+    let mut said = said.into_iter().flatten().map(str::trim);
+    let asked = said.find(|id| !id.is_empty());
     let range = db.event_range().await?;
     let after = match asked {
         None => range.last,
@@ -205,9 +208,15 @@ pub async fn read_events(
     };
     let filter = query.filter.unwrap_or_default();
     let presented = presented.map(|Extension(presented)| presented);
-    Ok(event_stream(Body::from_stream(frames(
-        app, db, filter, after, presented,
-    ))))
+    Ok(event_stream(Body::from_stream(frames(Reader {
+        app,
+        db,
+        filter,
+        after,
+        told: after,
+        presented,
+        checked: Instant::now(),
+    }))))
 }
 
 /// Follow what happens to the project, by the older path.
@@ -227,131 +236,158 @@ pub async fn stream_events(
     read_events(app, door, query, presented, headers).await
 }
 
-fn frames(
+/// Someone who follows a project's events.
+struct Reader {
     app: App,
     db: ProjectDb,
     filter: String,
-    mut after: i64,
+    /// The last event that was seen, whether the filter let it through or not.
+    after: i64,
+    /// The last one that the reader knows of.
+    told: i64,
     presented: Option<Presented>,
-) -> impl Frames<Item = Result<Bytes, Infallible>> {
-    async_stream::stream! {
-        let heartbeat = Duration::from_millis(app.config.heartbeat_ms);
-        let mut beat = Box::pin(tokio::time::sleep(heartbeat));
-        // A reader that takes nothing for longer is cut off; one that is nearly as slow is told so.
-        let patience = Duration::from_millis(app.config.stall_ms) / 2;
-        let mut checked = Instant::now();
-        // Something at once, so that the reader knows that it is heard.
-        yield Ok(Bytes::from_static(b": connected\n\n"));
-        'behind: loop {
-            // What was missed comes from the log. The feed is joined before the last look into it, so that nothing
-            // falls between the two.
-            let mut joined = None;
-            loop {
-                if let Some(reason) = reason_to_end(&app, presented.as_ref(), &mut checked).await {
-                    yield Ok(farewell(reason, after));
-                    return;
-                }
-                let rows = match db.events_after(after, PAGE).await {
-                    Ok(rows) => rows,
-                    Err(error) => {
-                        tracing::warn!("an event reader is dropped: {error}");
-                        yield Ok(farewell("the log cannot be read at the moment", after));
-                        return;
-                    }
-                };
-                let caught_up = i64::try_from(rows.len()).is_ok_and(|count| count < PAGE);
-                for row in rows {
-                    // Numbers have no gaps: what is missing was pruned since.
-                    if row.seq > after + 1 {
-                        yield Ok(farewell("the events that follow are not kept any more", after));
-                        return;
-                    }
-                    after = row.seq;
-                    if passes(&filter, &row.name) {
-                        let offered = Instant::now();
-                        yield Ok(Frame::from(row).text);
-                        if offered.elapsed() > patience {
-                            yield Ok(farewell("too slow", after));
-                            return;
-                        }
-                    }
-                }
-                match (caught_up, &joined) {
-                    (true, Some(_)) => break,
-                    (true, None) => joined = Some(app.feeds.join(&app, &db, after)),
-                    (false, _) => {}
-                }
-            }
-            let Some((_feed, mut news)) = joined else { continue };
-            loop {
-                tokio::select! {
-                    // A stream must not outlive its key.
-                    () = tokio::time::sleep_until(checked + RECHECK), if presented.is_some() => {
-                        checked = Instant::now();
-                        if let Some(presented) = presented && presented.is_revoked(&app).await {
-                            yield Ok(farewell("the key was revoked", after));
-                            return;
-                        }
-                    }
-                    frame = news.recv() => match frame {
-                        Ok(frame) if frame.seq <= after => {}
-                        Ok(frame) => {
-                            // The feed skips nothing; a gap means that it began later than we did.
-                            if frame.seq > after + 1 {
-                                continue 'behind;
-                            }
-                            after = frame.seq;
-                            if passes(&filter, &frame.name) {
-                                let offered = Instant::now();
-                                yield Ok(frame.text.clone());
-                                if offered.elapsed() > patience {
-                                    yield Ok(farewell("too slow", after));
-                                    return;
-                                }
-                            }
-                        }
-                        Err(RecvError::Lagged(_)) => {
-                            let behind = match db.event_range().await {
-                                Ok(range) => range.last - after,
-                                Err(_unreachable) => BEHIND + 1,
-                            };
-                            if behind > BEHIND {
-                                yield Ok(farewell("too slow", after));
-                                return;
-                            }
-                            continue 'behind;
-                        }
-                        Err(RecvError::Closed) => continue 'behind,
-                    },
-                    () = beat.as_mut() => {
-                        beat.as_mut().reset(Instant::now() + heartbeat);
-                        yield Ok(Bytes::from_static(b"event: heartbeat\ndata: \n\n"));
-                    }
-                    () = app.stopping.cancelled() => {
-                        yield Ok(farewell("the server is stopping", after));
-                        return;
-                    }
-                }
-            }
+    checked: Instant,
+}
+
+impl Reader {
+    /// Takes an event in; its text if the filter lets it through.
+    fn admit(&mut self, frame: &Frame) -> Option<Bytes> {
+        self.after = frame.seq;
+        passes(&self.filter, &frame.name).then(|| {
+            self.told = frame.seq;
+            frame.text.clone()
+        })
+    }
+
+    /// The next events of the log as text, and whether there are no more; or why the reader must not go on.
+    async fn next_page(&mut self) -> Result<(Vec<Bytes>, bool), &'static str> {
+        if self.app.stopping.is_cancelled() {
+            return Err("the server is stopping");
         }
+        if self.checked.elapsed() >= RECHECK {
+            self.recheck().await?;
+        }
+        let rows = self.db.events_after(self.after, PAGE).await;
+        let rows = rows.map_err(|error| {
+            tracing::warn!("an event reader is dropped: {error}");
+            "the log cannot be read at the moment"
+        })?;
+        let caught_up = i64::try_from(rows.len()).is_ok_and(|count| count < PAGE);
+        let mut texts = Vec::new();
+        for row in rows {
+            // Numbers have no gaps: what is missing was pruned since. What stands before it goes out first.
+            if row.seq > self.after + 1 {
+                return match texts.is_empty() {
+                    true => Err("the events that follow are not kept any more"),
+                    false => Ok((texts, false)),
+                };
+            }
+            texts.extend(self.admit(&row.into()));
+        }
+        Ok((texts, caught_up))
+    }
+
+    /// A stream must not outlive its key.
+    async fn recheck(&mut self) -> Result<(), &'static str> {
+        self.checked = Instant::now();
+        let Some(presented) = self.presented else {
+            return Ok(());
+        };
+        match presented {
+            presented if !presented.is_revoked(&self.app).await => Ok(()),
+            Presented::Key { .. } => Err("the key was revoked"),
+            Presented::Admin(_) => Err("the project is suspended or gone"),
+        }
+    }
+
+    /// Whether the log still has what the feed was too quick for.
+    async fn can_catch_up(&self) -> bool {
+        match self.db.event_range().await {
+            Ok(range) => range.last - self.after <= BEHIND,
+            Err(_unreachable) => false,
+        }
+    }
+
+    /// A sign of life. It names the last event where the filter let none through since: whoever comes back after a quiet week has missed nothing.
+    fn heartbeat(&mut self) -> Bytes {
+        if self.told == self.after {
+            return Bytes::from_static(b"event: heartbeat\ndata: \n\n");
+        }
+        self.told = self.after;
+        let id = event_id(self.after);
+        Bytes::from(format!("event: heartbeat\ndata: \nid: {id}\n\n"))
     }
 }
 
-/// Why a reader that is behind must not read on, looked at before each page.
-async fn reason_to_end(
-    app: &App,
-    presented: Option<&Presented>,
-    checked: &mut Instant,
-) -> Option<&'static str> {
-    if app.stopping.is_cancelled() {
-        return Some("the server is stopping");
+/// A reader's stream. One that takes nothing for longer than `patience` is cut off elsewhere; one that is nearly as slow is told so.
+fn frames(mut reader: Reader) -> impl Frames<Item = Result<Bytes, Infallible>> {
+    let patience = Duration::from_millis(reader.app.config.stall_ms) / 2;
+    async_stream::stream! {
+        let heartbeat = Duration::from_millis(reader.app.config.heartbeat_ms);
+        let stopping = reader.app.stopping.clone();
+        let mut beat = Box::pin(tokio::time::sleep(heartbeat));
+        let (mut feed, mut at_the_end, mut ending) = (None, false, None);
+        // Something at once, so that the reader knows that it is heard.
+        let mut texts = vec![Bytes::from_static(b": connected\n\n")];
+        let reason = 'open: loop {
+            for text in texts.drain(..) {
+                let offered = Instant::now();
+                yield Ok(text);
+                if offered.elapsed() > patience {
+                    break 'open "too slow";
+                }
+            }
+            if let Some(reason) = ending {
+                break reason;
+            }
+            let Some((_feed, news)) = &mut feed else {
+                // What was missed comes from the log. The feed is joined before the last look into it, so that nothing falls between the two.
+                let page = reader.next_page().await;
+                let joined = matches!(page, Ok((_, true)))
+                    .then(|| reader.app.feeds.join(&reader.app, &reader.db, reader.after));
+                let rest = match joined {
+                    Some(_) => reader.next_page().await,
+                    None => Ok((Vec::new(), false)),
+                };
+                for page in [page, rest] {
+                    match page {
+                        Ok((page, caught_up)) => {
+                            texts.extend(page);
+                            at_the_end = caught_up;
+                        }
+                        Err(reason) => ending = Some(reason),
+                    }
+                }
+                feed = joined.filter(|_| at_the_end);
+                continue;
+            };
+            tokio::select! {
+                () = tokio::time::sleep_until(reader.checked + RECHECK) => {
+                    if let Err(reason) = reader.recheck().await {
+                        break reason;
+                    }
+                }
+                frame = news.recv() => match frame {
+                    Ok(frame) if frame.seq <= reader.after => {}
+                    Ok(frame) if frame.seq == reader.after + 1 => texts.extend(reader.admit(&frame)),
+                    // The feed skips nothing; a gap means that it began later than we did.
+                    Ok(_) | Err(RecvError::Closed) => feed = None,
+                    Err(RecvError::Lagged(_)) => {
+                        if !reader.can_catch_up().await {
+                            break "too slow";
+                        }
+                        feed = None;
+                    }
+                },
+                () = beat.as_mut() => {
+                    beat.as_mut().reset(Instant::now() + heartbeat);
+                    texts.push(reader.heartbeat());
+                }
+                () = stopping.cancelled() => break "the server is stopping",
+            }
+        };
+        yield Ok(farewell(reason, reader.after));
     }
-    let presented = presented.filter(|_| checked.elapsed() >= RECHECK)?;
-    *checked = Instant::now();
-    presented
-        .is_revoked(app)
-        .await
-        .then_some("the key was revoked")
 }
 
 /// The last comment of a stream that we end: where to go on.

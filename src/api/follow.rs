@@ -51,6 +51,8 @@ pub(super) struct Cursor {
     sent: String,
     /// Whether the next words begin a new paragraph.
     follows: bool,
+    /// Whether anything was sent at all.
+    spoke: bool,
 }
 
 impl Cursor {
@@ -62,11 +64,7 @@ impl Cursor {
     /// Goes over to a run; words of another follow in a paragraph of their own.
     pub(super) fn enter(&mut self, run: Id<Run>) {
         if self.run != Some(run) {
-            *self = Self {
-                run: Some(run),
-                follows: self.run.is_some(),
-                ..Self::default()
-            };
+            self.begin(Some(run));
         }
     }
 
@@ -80,6 +78,7 @@ impl Cursor {
             return new;
         }
         text.clone_into(&mut self.sent);
+        self.spoke = true;
         if std::mem::take(&mut self.follows) {
             format!("\n\n{new}")
         } else {
@@ -89,10 +88,10 @@ impl Cursor {
 
     /// Begins with a run.
     fn begin(&mut self, run: Option<Id<Run>>) {
-        let follows = self.follows || self.run.is_some();
         *self = Self {
             run,
-            follows,
+            follows: self.spoke,
+            spoke: self.spoke,
             ..Self::default()
         };
     }
@@ -286,5 +285,15 @@ mod tests {
         );
         assert_eq!((cursor.step, cursor.new_in("and").as_str()), (2, "\n\nand"));
         assert_eq!(cursor.new_in("or"), "\n\nor");
+        cursor.enter(Id::new());
+        assert_eq!(cursor.new_in("anew"), "\n\nanew");
+    }
+
+    #[test]
+    fn words_after_a_run_without_any_are_the_first() {
+        let mut cursor = Cursor::default();
+        cursor.enter(Id::new());
+        cursor.enter(Id::new());
+        assert_eq!(cursor.new_in("Here"), "Here");
     }
 }

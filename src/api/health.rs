@@ -3,6 +3,7 @@
 use axum::extract::State;
 use axum::http::StatusCode;
 use serde::Serialize;
+use std::time::Duration;
 
 use super::extract::Json;
 use crate::app::App;
@@ -37,26 +38,37 @@ pub async fn health(State(app): State<App>) -> Json<Health> {
     })
 }
 
+/// How long the database may take to say how it is.
+const PATIENCE: Duration = Duration::from_secs(2);
+
 /// Whether the server can work: its database answers and is at its version. Needs no key.
 pub async fn ready(State(app): State<App>) -> (StatusCode, Json<Readiness>) {
-    let (code, status) = match migration_state(&app.db).await {
-        Ok(MigrationState::Current) if app.stopping.is_cancelled() => {
+    let state = tokio::time::timeout(PATIENCE, migration_state(&app.db)).await;
+    let (code, status) = match state {
+        Ok(Ok(MigrationState::Current)) if app.stopping.is_cancelled() => {
             (StatusCode::SERVICE_UNAVAILABLE, "stopping")
         }
-        Ok(MigrationState::Current) => (StatusCode::OK, "ready"),
-        Ok(MigrationState::Behind) => (
+        Ok(Ok(MigrationState::Current)) => (StatusCode::OK, "ready"),
+        Ok(Ok(MigrationState::Behind)) => (
             StatusCode::SERVICE_UNAVAILABLE,
             "the database needs `polpo migrate`",
         ),
-        Ok(MigrationState::Ahead) => (
+        Ok(Ok(MigrationState::Ahead)) => (
             StatusCode::SERVICE_UNAVAILABLE,
             "the database is ahead of this program",
         ),
-        Err(error) => {
+        Ok(Err(error)) => {
             tracing::warn!("not ready: {error}");
             (
                 StatusCode::SERVICE_UNAVAILABLE,
                 "the database cannot be reached",
+            )
+        }
+        Err(_late) => {
+            tracing::warn!("not ready: the database does not answer");
+            (
+                StatusCode::SERVICE_UNAVAILABLE,
+                "the database does not answer",
             )
         }
     };

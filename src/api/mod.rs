@@ -38,6 +38,7 @@ pub mod mission_parts;
 pub mod missions;
 pub mod models;
 pub mod openai;
+pub mod patience;
 pub mod platform;
 pub mod playbooks;
 pub mod schedules;
@@ -303,7 +304,8 @@ pub fn router(app: App) -> Router {
         .merge(project.route_layer(middleware::from_fn_with_state(app.clone(), auth::project)))
         .merge(platform.route_layer(middleware::from_fn_with_state(app.clone(), auth::admin)))
         .route("/health", get(health::health))
-        .route("/openapi.json", get(serve_openapi));
+        .route("/openapi.json", get(serve_openapi))
+        .layer(middleware::from_fn_with_state(app.clone(), patience::bound));
     let router = Router::new()
         // The self-hosted layout of older clients (contract 1.1).
         .nest("/api/v1", v1.clone())

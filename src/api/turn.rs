@@ -13,6 +13,9 @@ use chrono::{DateTime, Utc};
 use futures::{Stream, StreamExt};
 use serde_json::Value;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
 
 use super::error::ApiError;
 use super::openai::ChunkWriter;
@@ -20,10 +23,16 @@ use crate::agent::{self, Answer, Course, Step, ToolState, ToolUse, Toolbox, Turn
 use crate::app::{App, call_usage};
 use crate::ids::{Id, Run, Session};
 use crate::llm::{FinishReason, Message, ModelEvent, ModelRequest, Part, Provider, Usage};
-use crate::store::{AgentRow, CallUsage, NewMessage, ProjectDb, RunStatus, StoreError, TurnRecord};
+use crate::store::{
+    AgentRow, CallUsage, NewMessage, ProjectDb, Result as StoreResult, RunStatus, StoreError,
+    TurnRecord,
+};
 
 /// How long a reader may take nothing before it counts as gone.
 const STALL: Duration = Duration::from_secs(120);
+/// How long a turn waits for a database that is away before its answer is given up, and how often it looks.
+const AWAY: Duration = Duration::from_secs(20);
+const AGAIN: Duration = Duration::from_millis(250);
 /// Pieces that wait for a slow reader.
 const WAITING: usize = 64;
 /// A piece of more bytes waits alone.
@@ -113,15 +122,22 @@ pub fn begin(
 ) -> mpsc::Receiver<Said> {
     let (sender, receiver) = mpsc::channel(WAITING);
     let stop = app.stop_turns.clone();
-    app.turns.spawn(async move {
-        let mut progress = Progress { prompt_estimate: estimate_prompt(&request), ..Progress::default() };
+    let span = tracing::info_span!(
+        "turn", run = %turn.run, project = %turn.db.project(), agent = turn.agent.name, model = turn.model_name
+    );
+    let turn = async move {
+        let mut progress = Progress {
+            prompt_estimate: estimate_prompt(&request),
+            ..Progress::default()
+        };
         let events = agent::turn(provider, request, course, toolbox);
         let outcome = tokio::select! {
             outcome = listen(events, &sender, &mut progress) => outcome,
             () = stop.cancelled() => Outcome::Failed(ApiError::Unavailable(anyhow::anyhow!("the server is stopping"))),
         };
-        conclude(&turn, outcome, progress, &sender).await;
-    });
+        conclude(&turn, outcome, progress, &sender, &stop).await;
+    };
+    app.turns.spawn(turn.instrument(span));
     receiver
 }
 
@@ -241,7 +257,13 @@ async fn tell(sender: &mpsc::Sender<Said>, said: Said) -> bool {
 }
 
 /// Records the turn, then tells its end: an answer that was told as finished is stored.
-async fn conclude(turn: &Turn, outcome: Outcome, progress: Progress, sender: &mpsc::Sender<Said>) {
+async fn conclude(
+    turn: &Turn,
+    outcome: Outcome,
+    progress: Progress,
+    sender: &mpsc::Sender<Said>,
+    stop: &CancellationToken,
+) {
     let (status, interrupted) = match &outcome {
         Outcome::Finished => (RunStatus::Finished, false),
         Outcome::Left => (RunStatus::Interrupted, true),
@@ -268,7 +290,7 @@ async fn conclude(turn: &Turn, outcome: Outcome, progress: Progress, sender: &mp
         Ok(Vec::new())
     };
     let recorded = match messages {
-        Ok(messages) => record(turn, &messages, &calls, status).await,
+        Ok(messages) => record(turn, &messages, &calls, status, stop).await,
         Err(error) => Err(error),
     };
     let last = match (outcome, recorded) {
@@ -294,7 +316,38 @@ async fn record(
     messages: &[NewMessage],
     calls: &[CallUsage],
     status: RunStatus,
+    stop: &CancellationToken,
 ) -> Result<(), ApiError> {
+    let ended_at = Utc::now();
+    let mut lost = false;
+    // What a model said was paid for: a database that is away for a moment does not cost it.
+    let deadline = Instant::now() + AWAY;
+    loop {
+        let recorded = try_record(turn, messages, calls, status, ended_at).await;
+        match recorded {
+            Err(error) if lost && error.is_recorded_turn() => return Ok(()),
+            Err(StoreError::Unavailable(error))
+                if Instant::now() < deadline && !stop.is_cancelled() =>
+            {
+                tracing::warn!("a turn cannot be recorded yet, trying again: {error}");
+                lost = true;
+                tokio::time::sleep(AGAIN).await;
+            }
+            Err(StoreError::NotFound) => {
+                return Err(ApiError::missing("Session", &turn.session.to_string()));
+            }
+            recorded => return Ok(recorded?),
+        }
+    }
+}
+
+async fn try_record(
+    turn: &Turn,
+    messages: &[NewMessage],
+    calls: &[CallUsage],
+    status: RunStatus,
+    ended_at: DateTime<Utc>,
+) -> StoreResult<()> {
     let settings = turn.db.settings().await?;
     let record = TurnRecord {
         tells: settings.chat_events,
@@ -309,12 +362,9 @@ async fn record(
         calls,
         status,
         started_at: turn.started_at,
-        ended_at: Utc::now(),
+        ended_at,
     };
-    match turn.db.record_turn(&record).await {
-        Err(StoreError::NotFound) => Err(ApiError::missing("Session", &turn.session.to_string())),
-        result => Ok(result?),
-    }
+    turn.db.record_turn(&record).await
 }
 
 fn stored_messages(
@@ -413,6 +463,8 @@ pub fn frames(
     mut said: mpsc::Receiver<Said>,
     keep_alive: Duration,
 ) -> impl Stream<Item = Result<Bytes, std::convert::Infallible>> {
+    // What is logged of the stream's end is logged of its request.
+    let span = tracing::Span::current();
     async_stream::stream! {
         let mut text = String::new();
         let mut begun = false;
@@ -434,7 +486,7 @@ pub fn frames(
                         return;
                     }
                     Said::Failed(error) => {
-                        ChunkWriter::fail(&mut text, &error.stream_frame());
+                        ChunkWriter::fail(&mut text, &span.in_scope(|| error.stream_frame()));
                         yield Ok(Bytes::from(text));
                         return;
                     }
@@ -445,7 +497,7 @@ pub fn frames(
             }
             match tokio::time::timeout(keep_alive, said.recv_many(&mut batch, WAITING)).await {
                 Ok(0) => {
-                    ChunkWriter::fail(&mut text, &gone().stream_frame());
+                    ChunkWriter::fail(&mut text, &span.in_scope(|| gone().stream_frame()));
                     yield Ok(Bytes::from(text));
                     return;
                 }

@@ -363,6 +363,15 @@ pub enum ProviderError {
 }
 
 impl ProviderError {
+    /// What happened, with what lies under it: nothing of it is the provider's own text, or secret.
+    pub fn told(&self) -> String {
+        let cause = std::iter::successors(std::error::Error::source(self), |error| error.source());
+        match cause.last() {
+            Some(cause) => format!("{self}: {cause}"),
+            None => self.to_string(),
+        }
+    }
+
     /// Whether the same request may succeed a little later.
     pub fn is_transient(&self) -> bool {
         matches!(

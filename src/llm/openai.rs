@@ -319,7 +319,17 @@ struct CallDelta {
 #[serde(default)]
 struct FunctionDelta {
     name: Option<String>,
+    #[serde(deserialize_with = "arguments")]
     arguments: Option<String>,
+}
+
+/// JSON text, as OpenAI has it; or the object itself, as some that speak its format send it.
+fn arguments<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Option<String>, D::Error> {
+    Ok(match Option::<Value>::deserialize(from)? {
+        None | Some(Value::Null) => None,
+        Some(Value::String(text)) => Some(text),
+        Some(given) => Some(given.to_string()),
+    })
 }
 
 #[derive(Deserialize)]

@@ -10,7 +10,7 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
-use sqlx::{Executor, PgConnection, PgPool};
+use sqlx::{Connection, Executor, PgConnection, PgPool};
 use uuid::Uuid;
 
 use crate::event::Event;
@@ -125,11 +125,11 @@ pub enum StoreError {
     #[error("constraint {0} refuses the change")]
     Constraint(String),
     /// The database cannot be reached or has no connection to spare; it may soon.
-    #[error("the database is unavailable")]
-    Unavailable(#[source] sqlx::Error),
+    #[error("the database is unavailable: {0}")]
+    Unavailable(sqlx::Error),
     /// Anything else, which is a defect of ours.
-    #[error("the database refused a statement")]
-    Unexpected(#[source] sqlx::Error),
+    #[error("the database refused a statement: {0}")]
+    Unexpected(sqlx::Error),
 }
 
 impl StoreError {
@@ -141,6 +141,11 @@ impl StoreError {
     /// Whether the named constraint refused the change.
     pub fn is_constraint(&self, name: &str) -> bool {
         matches!(self, Self::Constraint(constraint) if constraint == name)
+    }
+
+    /// Whether a turn was not recorded because it is on record: it was, and only the answer got lost. Its session is written before its run.
+    pub fn is_recorded_turn(&self) -> bool {
+        self.is_constraint("sessions_pkey") || self.is_constraint("runs_pkey")
     }
 
     /// Whether a step was not recorded because it is on record: it was, and only the answer got lost. Whichever of its rows is written
@@ -199,6 +204,9 @@ const CLAIMS: u32 = 3;
 /// it holds would keep others from taking over. Nothing of ours rests in a transaction.
 const ABANDONED: &str = "set idle_in_transaction_session_timeout = '5s'";
 
+/// A connection that was idle for so long is asked whether it lives before it is used.
+const RESTED: Duration = Duration::from_secs(1);
+
 /// The database: one pool per schema, each with its `search_path` fixed at connect,
 /// so a plain table name never reaches another schema (`tests/house.rs` refuses qualified ones).
 #[derive(Debug, Clone)]
@@ -230,9 +238,14 @@ impl Db {
             PgPoolOptions::new()
                 .max_connections(most)
                 .acquire_timeout(settings.acquire_timeout)
-                // A connection that died while idle is found out by the statement that fails on it;
-                // asking first would cost every statement a round trip.
+                // To ask each time would cost every statement a round trip. One that has rested may have died of a database that was restarted, or of
+                // something between us and it; nobody's request is to find that out.
                 .test_before_acquire(false)
+                .before_acquire(|connection, at| {
+                    Box::pin(
+                        async move { Ok(at.idle_for < RESTED || connection.ping().await.is_ok()) },
+                    )
+                })
                 .after_connect(move |connection, _| {
                     Box::pin(async move {
                         let set = match schema {

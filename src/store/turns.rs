@@ -109,7 +109,7 @@ impl TurnRecord<'_> {
 }
 
 impl ProjectDb {
-    /// Records a turn.
+    /// Records a turn. To record it twice is refused, see [`StoreError::is_recorded_turn`].
     ///
     /// # Errors
     /// [`StoreError::NotFound`] when the session it continues has been deleted meanwhile; nothing is stored then.

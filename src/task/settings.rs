@@ -297,23 +297,24 @@ impl Settings {
                 ));
             }
         }
+        self.check_gates()
+            .map_err(|message| fault("approvalGates", message))
+    }
+
+    fn check_gates(&self) -> Result<(), String> {
         let gates = &self.approval_gates;
+        if gates.len() > MOST {
+            return Err(format!("`approvalGates` must be at most {MOST}."));
+        }
         for (index, gate) in gates.iter().enumerate() {
-            if gates.len() > MOST || gates[..index].iter().any(|other| other.id == gate.id) {
-                return Err(fault(
-                    "approvalGates",
-                    format!(
-                        "`approvalGates` must be at most {MOST}, each with an `id` of its own; \"{}\" occurs twice.",
-                        gate.id
-                    ),
+            if gates[..index].iter().any(|other| other.id == gate.id) {
+                return Err(format!(
+                    "`approvalGates` must have an `id` of its own each; \"{}\" occurs twice.",
+                    gate.id
                 ));
             }
-            gate.check().map_err(|message| {
-                fault(
-                    "approvalGates",
-                    format!("`approvalGates[{index}]`: {message}"),
-                )
-            })?;
+            let fault = gate.check();
+            fault.map_err(|message| format!("`approvalGates[{index}]`: {message}"))?;
         }
         Ok(())
     }

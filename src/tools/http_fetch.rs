@@ -7,9 +7,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt;
-use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
+use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, LOCATION};
 use reqwest::redirect::Policy;
-use reqwest::{Method, Url};
+use reqwest::{Method, Response, StatusCode, Url};
 use serde::Deserialize;
 use serde_json::json;
 
@@ -64,19 +64,9 @@ impl Fetcher {
     /// # Errors
     /// When the system's certificates cannot be loaded.
     pub fn new(private: bool) -> Result<Self, reqwest::Error> {
-        let policy = Policy::custom(move |hop| {
-            if hop.previous().len() > REDIRECTS {
-                hop.error("it redirects too often")
-            } else {
-                match check(hop.url(), private) {
-                    Ok(()) => hop.follow(),
-                    Err(sentence) => hop.error(sentence),
-                }
-            }
-        });
         let builder = reqwest::Client::builder()
-            .timeout(TIME_LIMIT)
-            .redirect(policy)
+            // They are followed here, where it is known what the model has set, see [`Request::redirected`].
+            .redirect(Policy::none())
             .user_agent(concat!("polpo/", env!("CARGO_PKG_VERSION")));
         let builder = if private {
             builder
@@ -93,10 +83,45 @@ impl Fetcher {
     /// Runs a call and returns status, content type and body as the model reads them. Any status is a result.
     /// Of a body no more is read than a result may hold.
     pub(super) async fn call(&self, call: &ToolCall) -> Result<String, String> {
-        let fetch: Fetch = arguments(call)?;
+        let request = Request::of(arguments(call)?)?;
+        match tokio::time::timeout(TIME_LIMIT, self.fetch(request)).await {
+            Ok(fetched) => fetched,
+            Err(_late) => Err(format!(
+                "It did not answer within {} s.",
+                TIME_LIMIT.as_secs()
+            )),
+        }
+    }
+
+    async fn fetch(&self, mut request: Request) -> Result<String, String> {
+        for _ in 0..=REDIRECTS {
+            check(&request.url, self.private)?;
+            let response = request
+                .send(&self.client)
+                .await
+                .map_err(|error| explain(&error))?;
+            match redirect_of(&response)? {
+                Some(to) => request = request.redirected(response.status(), to),
+                None => return read(response).await,
+            }
+        }
+        Err("It cannot be fetched: it redirects too often.".to_owned())
+    }
+}
+
+/// One request of a fetch.
+#[derive(Debug)]
+struct Request {
+    method: Method,
+    url: Url,
+    headers: HeaderMap,
+    body: Option<String>,
+}
+
+impl Request {
+    fn of(fetch: Fetch) -> Result<Self, String> {
         let url =
             Url::parse(&fetch.url).map_err(|error| format!("`url` is not a URL: {error}."))?;
-        check(&url, self.private)?;
         let method = fetch.method.as_deref().unwrap_or("GET").to_uppercase();
         let method = match method.as_str() {
             "GET" | "HEAD" | "POST" | "PUT" | "PATCH" | "DELETE" => method
@@ -104,37 +129,95 @@ impl Fetcher {
                 .map_err(|error| error.to_string())?,
             _ => return Err(format!("`method` may not be {method}.")),
         };
-        let mut request = self
-            .client
-            .request(method, url)
-            .headers(headers(&fetch.headers)?);
-        if let Some(body) = fetch.body {
-            request = request.body(body);
-        }
-        let response = request.send().await.map_err(|error| explain(&error))?;
-        let mut result = format!("HTTP {}\n", response.status());
-        if let Some(kind) = response
-            .headers()
-            .get("content-type")
-            .and_then(|kind| kind.to_str().ok())
-        {
-            let _ = writeln!(result, "content-type: {kind}");
-        }
-        result.push('\n');
-        let mut body = Vec::new();
-        let mut pieces = response.bytes_stream();
-        while let Some(piece) = pieces.next().await {
-            body.extend_from_slice(&piece.map_err(|error| explain(&error))?);
-            if body.len() > RESULT_LIMIT {
-                break;
-            }
-        }
-        match readable(&body, body.len() > RESULT_LIMIT) {
-            Some(text) => result.push_str(text),
-            None => result.push_str("[not text]"),
-        }
-        Ok(result)
+        Ok(Self {
+            method,
+            url,
+            headers: headers(&fetch.headers)?,
+            body: fetch.body,
+        })
     }
+
+    async fn send(&self, client: &reqwest::Client) -> reqwest::Result<Response> {
+        let request = client
+            .request(self.method.clone(), self.url.clone())
+            .headers(self.headers.clone());
+        match &self.body {
+            Some(body) => request.body(body.clone()).send().await,
+            None => request.send().await,
+        }
+    }
+
+    /// The request that a redirect asks for (RFC 9110, 15.4). What the model has set for one origin, another does not see: it may be a credential
+    /// under any name.
+    fn redirected(self, status: StatusCode, to: Url) -> Self {
+        let becomes_get = match status {
+            StatusCode::SEE_OTHER => self.method != Method::HEAD,
+            StatusCode::MOVED_PERMANENTLY | StatusCode::FOUND => self.method == Method::POST,
+            _ => false,
+        };
+        let stays = self.url.origin() == to.origin();
+        let (method, body) = if becomes_get {
+            (Method::GET, None)
+        } else {
+            (self.method, self.body)
+        };
+        let mut headers = if stays {
+            self.headers
+        } else {
+            HeaderMap::new()
+        };
+        if becomes_get {
+            headers.remove(CONTENT_TYPE);
+        }
+        Self {
+            method,
+            url: to,
+            headers,
+            body,
+        }
+    }
+}
+
+/// Where an answer leads on to, if it does.
+fn redirect_of(response: &Response) -> Result<Option<Url>, String> {
+    let to = match response.status() {
+        StatusCode::MOVED_PERMANENTLY
+        | StatusCode::FOUND
+        | StatusCode::SEE_OTHER
+        | StatusCode::TEMPORARY_REDIRECT
+        | StatusCode::PERMANENT_REDIRECT => response.headers().get(LOCATION),
+        _ => None,
+    };
+    let Some(to) = to else { return Ok(None) };
+    let to = to.to_str().ok().and_then(|to| response.url().join(to).ok());
+    let to = to.ok_or("It cannot be fetched: it redirects to what is no URL.")?;
+    Ok(Some(to))
+}
+
+/// Status, content type and body as the model reads them.
+async fn read(response: Response) -> Result<String, String> {
+    let mut result = format!("HTTP {}\n", response.status());
+    if let Some(kind) = response
+        .headers()
+        .get("content-type")
+        .and_then(|kind| kind.to_str().ok())
+    {
+        let _ = writeln!(result, "content-type: {kind}");
+    }
+    result.push('\n');
+    let mut body = Vec::new();
+    let mut pieces = response.bytes_stream();
+    while let Some(piece) = pieces.next().await {
+        body.extend_from_slice(&piece.map_err(|error| explain(&error))?);
+        if body.len() > RESULT_LIMIT {
+            break;
+        }
+    }
+    match readable(&body, body.len() > RESULT_LIMIT) {
+        Some(text) => result.push_str(text),
+        None => result.push_str("[not text]"),
+    }
+    Ok(result)
 }
 
 /// Whether a URL may be fetched, at first or on a redirect; a sentence why not.
@@ -179,9 +262,6 @@ fn readable(body: &[u8], cut: bool) -> Option<&str> {
 
 /// The innermost cause says what went wrong.
 fn explain(error: &reqwest::Error) -> String {
-    if error.is_timeout() {
-        return format!("It did not answer within {} s.", TIME_LIMIT.as_secs());
-    }
     let mut cause: &dyn Error = error;
     while let Some(source) = cause.source() {
         cause = source;

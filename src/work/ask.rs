@@ -166,8 +166,13 @@ pub(super) async fn pose(held: &Held, question: Question<'_>) -> Result<Answer> 
                 return Err(WorkError::LeaseLost);
             }
             Some(Err(error)) => {
+                let told = error.told();
+                tracing::warn!(
+                    project = %held.lease.db.project(), job = ?held.lease.job, model = name,
+                    "a {} has no answer: {told}", question.name
+                );
                 return Ok(Answer {
-                    text: Err(without_nul(&error.to_string())),
+                    text: Err(without_nul(&told)),
                     usage: used.map(|used| call_usage(&name, used)),
                 });
             }

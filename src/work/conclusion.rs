@@ -68,7 +68,7 @@ impl Ending {
             TurnError::TooManyCalls(_) => Self::limit(EndReason::MaxTurns, error.to_string()),
             error => Self {
                 rest: rest_after(error),
-                ..Self::error(without_nul(&error.to_string()))
+                ..Self::error(without_nul(&error.told()))
             },
         }
     }

@@ -245,7 +245,13 @@ async fn follow(
                 Some(Err(TurnError::Provider(ProviderError::NotPermitted))) => {
                     return Err(WorkError::LeaseLost);
                 }
-                Some(Err(error)) => return Ok(Followed::Ended(Ending::broken(&error))),
+                Some(Err(error)) => {
+                    tracing::warn!(
+                        project = %held.lease.db.project(), task = %task.id, run = %recorder.run, agent = task.assign_to,
+                        "a task's run is broken off: {}", error.told()
+                    );
+                    return Ok(Followed::Ended(Ending::broken(&error)));
+                }
                 Some(Ok(event)) => {
                     limits.quiet_since = Instant::now();
                     limits.warned = false;

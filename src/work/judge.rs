@@ -173,10 +173,14 @@ impl Judged {
     fn enter_in(&self, task: &mut Task) {
         let verdict = &self.verdict;
         let failed = verdict.checks.iter().find(|check| !check.passed);
-        let told = json!({
-            "passed": verdict.passed, "scores": verdict.scores, "globalScore": verdict.global_score,
-            "message": failed.map(|check| &check.message),
-        });
+        let mut told = json!({"passed": verdict.passed});
+        if let Some(score) = verdict.global_score {
+            told["globalScore"] = json!(score);
+            told["scores"] = json!(verdict.scores);
+        }
+        if let Some(failed) = failed {
+            told["message"] = json!(failed.message);
+        }
         task.tell("assessment:completed", told.clone());
         task.tell("assessment:complete", told);
         let Some(result) = &mut task.document.result else {

@@ -82,8 +82,8 @@ enum WorkError {
     #[error("something of it is gone")]
     Gone,
     /// The database is away.
-    #[error("the database is unavailable")]
-    Unavailable(#[source] anyhow::Error),
+    #[error("{0:#}")]
+    Unavailable(anyhow::Error),
     /// A defect of ours.
     #[error("the job failed")]
     Defect(#[source] anyhow::Error),

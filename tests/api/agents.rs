@@ -91,6 +91,11 @@ async fn wrong_agents_are_refused_by_field() {
         (json!({"name": "a", "maxTurns": -1}), "maxTurns"),
         (json!({"name": "a", "reasoning": "hard"}), "reasoning"),
         (json!({"name": "a", "allowedTools": "all"}), "allowedTools"),
+        (json!({"name": "a", "allowedTools": [""]}), "allowedTools"),
+        (
+            json!({"name": "a", "allowedTools": ["Bash Tool"]}),
+            "allowedTools",
+        ),
         (json!({"name": "a", "identity": {"title": 3}}), "identity"),
     ] {
         let (status, answered) = answer(app.post("/v1/agents", body.clone())).await;

@@ -2,6 +2,7 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use serde_json::{Value, json};
+use sqlx::Connection;
 
 use crate::harness::{Reply, TestApp, answer, called, chunk, eventually, frames, said, spoken};
 
@@ -567,4 +568,84 @@ async fn stopping_lets_streams_end_and_accepts_nothing_new() {
         reqwest::get(format!("{}/health", app.url)).await.is_err()
     })
     .await;
+}
+
+#[tokio::test]
+async fn an_answer_that_was_paid_for_outlives_connections_that_have_died() {
+    for stream in [false, true] {
+        let app = TestApp::start().await;
+        app.agent("noor").await;
+        // The connections are there, and idle.
+        app.upstream.will_say("Hello.");
+        assert_eq!(app.chat(hello("noor")).send().await.unwrap().status(), 200);
+        app.upstream
+            .will(Reply::Slow(Duration::from_millis(600), said("Paid")));
+        let mut body = hello("noor");
+        body["stream"] = json!(stream);
+        let asked = tokio::spawn(app.chat(body).send());
+        eventually("the model is asked", async || {
+            app.upstream.asked().len() == 2
+        })
+        .await;
+        app.sql(
+            "select pg_terminate_backend(pid) from pg_stat_activity
+            where datname = current_database() and pid <> pg_backend_pid()"
+                .to_owned(),
+        )
+        .await;
+        let response = asked.await.unwrap().unwrap();
+        assert_eq!(response.status(), 200);
+        let text = response.text().await.unwrap();
+        assert!(text.contains("Paid") && !text.contains("error"), "{text}");
+        let newest = newest_messages(&app).await.to_string();
+        assert!(newest.contains("Paid"), "{newest}");
+        assert_eq!(app.upstream.asked().len(), 2);
+    }
+}
+
+#[tokio::test]
+async fn a_connection_that_died_while_it_rested_costs_nobody_a_request() {
+    let app = TestApp::start().await;
+    for _ in 0..3 {
+        assert_eq!(answer(app.get("/v1/tasks")).await.0, 200);
+    }
+    app.sql(
+        "select pg_terminate_backend(pid) from pg_stat_activity
+        where datname = current_database() and pid <> pg_backend_pid()"
+            .to_owned(),
+    )
+    .await;
+    tokio::time::sleep(Duration::from_millis(1_100)).await;
+    for path in ["/v1/tasks", "/v1/tasks", "/v1/memory", "/ready"] {
+        assert_eq!(answer(app.get(path)).await.0, 200, "{path}");
+    }
+}
+
+#[tokio::test]
+async fn a_database_that_does_not_answer_is_503_in_time() {
+    let app = TestApp::start_with(&["--database-patience-ms", "300"]).await;
+    app.agent("noor").await;
+    let mut database = sqlx::PgConnection::connect(&app.database_url)
+        .await
+        .unwrap();
+    let mut held = database.begin().await.unwrap();
+    sqlx::query("lock table production.sessions, production.tasks in access exclusive mode")
+        .execute(&mut *held)
+        .await
+        .unwrap();
+    let task = json!({"title": "t", "description": "d", "assignTo": "noor", "draft": true});
+    for request in [app.get("/v1/tasks"), app.post("/v1/tasks", task)] {
+        let (status, body) = answer(request).await;
+        assert_eq!(
+            (status.as_u16(), &body["code"]),
+            (503, &json!("internal_error")),
+            "{body}"
+        );
+    }
+    let session = "sess_01a20e9a7fa5709989a9da919772fa8a";
+    let continued = app.chat(hello("noor")).header("x-session-id", session);
+    assert_eq!(answer(continued).await.0, 503);
+    assert!(app.upstream.asked().is_empty());
+    held.rollback().await.unwrap();
+    assert_eq!(answer(app.get("/v1/tasks")).await.0, 200);
 }

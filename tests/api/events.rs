@@ -413,6 +413,107 @@ async fn nobody_else_hears_anything() {
 }
 
 #[tokio::test]
+async fn a_stream_of_the_admins_ends_with_its_project() {
+    for (method, change) in [
+        (Method::PATCH, json!({"status": "suspended"})),
+        (Method::DELETE, json!({})),
+    ] {
+        let app = TestApp::start().await;
+        let request = app.admin(Method::GET, "/v1/events");
+        let response = request
+            .header("x-project-id", &app.project)
+            .send()
+            .await
+            .unwrap();
+        assert_eq!(response.status(), 200);
+        let path = format!("/v1/projects/{}", app.project);
+        assert_eq!(answer(app.admin(method, &path).json(&change)).await.0, 200);
+        let whole = tokio::time::timeout(Duration::from_secs(10), response.text()).await;
+        let text = whole.expect("the stream ends").unwrap();
+        assert!(
+            text.contains(": closed: the project is suspended or gone"),
+            "{text}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_heartbeat_names_the_last_event_where_the_filter_let_none_through() {
+    let app = TestApp::start_with(&["--heartbeat-ms", "100"]).await;
+    app.agent("noor").await;
+    let mut reader = Reader::open(&app, &app.url, "?filter=approval:*", None).await;
+    assert_eq!(reader.block().await, "event: heartbeat\ndata: \n\n");
+    write(&app, &app.url, "one").await;
+    loop {
+        let block = reader.block().await;
+        if block != "event: heartbeat\ndata: \n\n" {
+            assert_eq!(block, "event: heartbeat\ndata: \nid: evt_00001\n\n");
+            break;
+        }
+    }
+    assert_eq!(reader.block().await, "event: heartbeat\ndata: \n\n");
+}
+
+#[tokio::test]
+async fn an_empty_id_hides_no_other() {
+    let app = TestApp::start().await;
+    app.agent("noor").await;
+    write(&app, &app.url, "one").await;
+    write(&app, &app.url, "two").await;
+    let mut reader = Reader::open(&app, &app.url, "?lastEventId=evt_00001", Some("")).await;
+    assert_eq!(reader.frame().await.0, "evt_00002");
+    let query = "?lastEventId=&after=evt_00001";
+    let mut reader = Reader::open(&app, &app.url, query, None).await;
+    assert_eq!(reader.frame().await.0, "evt_00002");
+}
+
+#[tokio::test]
+async fn a_reader_that_catches_up_is_stopped_when_its_key_is_revoked() {
+    let app = TestApp::start().await;
+    app.agent("noor").await;
+    write(&app, &app.url, "one").await;
+    // So many that it is still behind when the key goes.
+    app.sql(
+        "insert into production.events (project_id, seq, name, payload, at)
+        select project_id, n, 'task:updated', '{\"x\":\"' || repeat('x', 20000) || '\"}', now()
+        from production.event_heads, generate_series(last + 1, last + 4000) as n;
+        update production.event_heads set last = last + 4000"
+            .to_owned(),
+    )
+    .await;
+    let response = app.get("/v1/events?after=evt_00000").send().await.unwrap();
+    assert_eq!(response.status(), 200);
+    let keys = app.admin(
+        Method::GET,
+        &format!("/v1/api-keys?projectId={}", app.project),
+    );
+    let keys = answer(keys).await.1;
+    let live = keys
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|key| key["name"] == "live");
+    let path = format!("/v1/api-keys/{}", live.unwrap()["id"].as_str().unwrap());
+    let mut pieces = response.bytes_stream();
+    let mut text = Vec::new();
+    let mut revoked = false;
+    while let Some(piece) = pieces.next().await {
+        text.extend_from_slice(&piece.unwrap());
+        if !revoked && text.len() > 1_000_000 {
+            assert_eq!(answer(app.admin(Method::DELETE, &path)).await.0, 200);
+            revoked = true;
+            tokio::time::sleep(Duration::from_millis(1_500)).await;
+        }
+    }
+    let text = String::from_utf8(text).unwrap();
+    let seen = text.matches("\nid: evt_").count();
+    assert!((1..4000).contains(&seen), "{seen}");
+    assert!(text.ends_with(&format!(
+        ": closed: the key was revoked; go on with Last-Event-ID: evt_{seen:05}\n\n"
+    )));
+}
+
+#[tokio::test]
 async fn a_stream_ends_when_its_key_is_revoked() {
     let app = TestApp::start().await;
     let mut reader = Reader::open(&app, &app.url, "", None).await;

@@ -503,6 +503,41 @@ async fn http_fetch_returns_status_type_and_body_and_follows_redirects() {
 }
 
 #[tokio::test]
+async fn what_a_model_sets_for_one_origin_no_other_sees() {
+    let app = TestApp::start_with(&["--private-fetches", "true"]).await;
+    app.agent("noor").await;
+    answer(app.patch("/v1/agents/noor", json!({"allowedTools": ["http_fetch"]}))).await;
+    let here = app.upstream.url.replace("localhost", "127.0.0.1");
+    let there = here.replace("127.0.0.1", "localhost");
+    for (to, sees) in [(format!("{here}/b"), true), (format!("{there}/b"), false)] {
+        let post = json!({
+            "url": format!("{here}/a?token=t"), "method": "POST", "body": "{\"n\":1}",
+            "headers": {"x-api-key": "S3", "content-type": "application/json"},
+        });
+        for (status, keeps_body) in [(307, true), (302, false)] {
+            will_fetch(&app, &post);
+            let moved = vec![("location", String::leak(to.clone()) as &str)];
+            app.upstream
+                .will(Reply::Plain(status, moved, String::new()));
+            app.upstream
+                .will(Reply::Plain(200, vec![], "hello".to_owned()));
+            app.upstream.will_say("done");
+            let (state, result) = fetch(&app, post.clone()).await;
+            assert_eq!(
+                (state.as_str(), result.ends_with("hello")),
+                ("completed", true)
+            );
+            let second = app.upstream.asked().len() - 2;
+            let headers = &app.upstream.headers()[second];
+            assert_eq!(headers.contains_key("x-api-key"), sees, "{to} {status}");
+            assert!(!headers.contains_key("referer"));
+            let body = &app.upstream.asked()[second];
+            assert_eq!(*body == json!({"n": 1}), keeps_body, "{to} {status}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn http_fetch_reaches_nothing_private_and_no_other_protocol() {
     let app = TestApp::start().await;
     app.agent("noor").await;
