@@ -22,14 +22,17 @@ mod barriers;
 mod closing;
 mod credentials;
 mod deliveries;
+mod dependencies;
 mod events;
 mod jobs;
 mod keys;
 mod memories;
 mod migrate;
 mod mission_runs;
+mod mission_tasks;
 mod missions;
 mod organizations;
+mod parking;
 mod playbooks;
 mod projects;
 mod runs;
@@ -53,24 +56,25 @@ pub use credentials::{CredentialRow, SealedCredential};
 pub use deliveries::{
     AttemptRow, DeliveryFilter, DeliveryRow, Health, NewAttempt, NewDelivery, Route,
 };
+pub use dependencies::{Need, NeedResult};
 use events::Logs;
 pub use events::{EventRange, EventRow, HeardRow, Stream};
-pub use jobs::{
-    Claimed, Holder, Job, LEASE, LONG_ENOUGH, Lane, Lease, SUSPENDED, SWITCHED_OFF, Standing, until,
-};
+pub use jobs::{Claimed, Holder, Job, LEASE, LONG_ENOUGH, Lane, Lease, Standing, until};
 pub use keys::{KeyHash, KeyRow, NewKey};
 pub use memories::{MEMORY_LIMIT, Memories, MemoryOwner};
 pub use migrate::{MigrationError, MigrationState, migrate, migration_state, reach};
-pub use mission_runs::{MissionRunRow, NewMissionRun, Outlook, Sibling, Tally};
+pub use mission_runs::{MissionRunRow, NewMissionRun, Outlook, Tally};
+pub use mission_tasks::Sibling;
 pub use missions::MissionRow;
 pub use organizations::OrganizationRow;
+pub use parking::{SUSPENDED, SWITCHED_OFF};
 pub use playbooks::PlaybookSummary;
 pub use projects::{ProjectRow, ProjectStatus};
 pub use runs::{ProcessRow, RunRow, TranscriptRow, Words};
 pub use schedules::ScheduleRow;
 pub use sessions::{MessageRow, NewMessage, SessionFilter, SessionRow};
 pub use steps::{NewStep, StepKind, StepRow};
-pub use tasks::{DeletedTask, Need, NeedResult, TaskFilter, storable};
+pub use tasks::{DeletedTask, TaskFilter, storable};
 pub use teams::TeamRow;
 pub use turns::{CallUsage, RunStatus, TurnRecord};
 use wake::Bell;

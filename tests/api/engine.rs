@@ -981,3 +981,92 @@ fn whatever_people_do_every_task_ends_and_none_is_run_twice_at_once() {
         })
         .unwrap();
 }
+
+#[tokio::test]
+async fn both_worlds_are_worked_for_at_once_and_never_mix() {
+    const EACH: usize = 12;
+    let app = TestApp::start().await;
+    app.upstream
+        .answers(|request| Reply::Stream(said(&last_text(request, "user"))));
+    let to = |world: &str, path: &str, body: Value| {
+        let key = if world == "live" {
+            &app.live
+        } else {
+            &app.test
+        };
+        let request = app.client.post(format!("{}{path}", app.url));
+        answer(request.bearer_auth(key).json(&body))
+    };
+    let agent = json!({"name": "noor", "model": "openai:gpt-5", "allowedTools": []});
+    for world in ["live", "test"] {
+        assert_eq!(to(world, "/v1/agents", agent.clone()).await.0, 201);
+    }
+    let all = (0..EACH * 2).map(|number| {
+        let world = if number % 2 == 0 { "live" } else { "test" };
+        let task =
+            json!({"title": format!("{world} {number}"), "description": world, "assignTo": "noor"});
+        to(world, "/v1/tasks", task)
+    });
+    for (status, body) in futures::future::join_all(all).await {
+        assert_eq!(status, 201, "{body}");
+    }
+    for (world, key) in [("live", &app.live), ("test", &app.test)] {
+        let list = || app.client.get(format!("{}/v1/tasks", app.url));
+        eventually("all are done", async || {
+            let tasks = answer(list().bearer_auth(key)).await.1;
+            let tasks = tasks.as_array().unwrap();
+            assert_eq!(tasks.len(), EACH);
+            tasks.iter().all(|task| task["status"] == "done")
+        })
+        .await;
+        for task in answer(list().bearer_auth(key)).await.1.as_array().unwrap() {
+            assert_eq!(task["result"]["stdout"], world, "{task}");
+        }
+    }
+    assert_eq!(app.upstream.asked().len(), EACH * 2);
+}
+
+/// Ends the connection that holds a process' lock, as a proxy between it and its database may.
+async fn take_locks(app: &TestApp) -> i64 {
+    let mut database = PgConnection::connect(&app.database_url).await.unwrap();
+    let taken = "select count(pg_terminate_backend(pid)) from pg_locks
+        where locktype = 'advisory' and granted and pid <> pg_backend_pid()
+          and database = (select oid from pg_database where datname = current_database())";
+    sqlx::query_scalar(taken)
+        .fetch_one(&mut database)
+        .await
+        .unwrap()
+}
+
+#[tokio::test]
+async fn a_process_that_loses_its_lock_takes_another_and_no_step_is_recorded_twice() {
+    for processes in [1, 2] {
+        let app = TestApp::start_with(&["--retry-backoff-ms", "1"]).await;
+        app.agent("noor").await;
+        let mut others = Vec::new();
+        for _ in 1..processes {
+            others.push(app.another_process_with_stop().await);
+        }
+        app.upstream
+            .answers(|_| Reply::Slow(Duration::from_millis(1_500), said("Here.")));
+        let id = app.task("work", json!({})).await;
+        eventually("the model is asked", async || {
+            app.upstream.asked().len() == 1
+        })
+        .await;
+        assert!(take_locks(&app).await >= processes);
+        let task = app.until(&id, "done").await;
+        assert_eq!(
+            (&task["result"]["stdout"], &task["retries"]),
+            (&json!("Here."), &json!(0))
+        );
+        let activity = answer(app.get(&format!("/v1/tasks/{id}/activity"))).await.1;
+        assert_eq!(activity["entries"].as_array().unwrap().len(), 1);
+        assert_eq!(app.events("agent:completed").await.len(), 1);
+        assert!(app.upstream.asked().len() <= 2);
+        // And it works on.
+        app.upstream.answers(|_| Reply::Stream(said("There.")));
+        let next = app.task("next", json!({})).await;
+        app.until(&next, "done").await;
+    }
+}
