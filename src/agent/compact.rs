@@ -49,6 +49,8 @@ pub(super) struct Compactor {
     insisted: bool,
     /// The size at which nothing more could be done.
     given_up_at: u64,
+    /// Nobody has summarized the conversation: it is not asked for again before it is larger.
+    silent_below: u64,
 }
 
 impl Compactor {
@@ -57,6 +59,7 @@ impl Compactor {
             window,
             insisted: false,
             given_up_at: 0,
+            silent_below: 0,
         }
     }
 
@@ -99,20 +102,29 @@ impl Compactor {
                 usage: None,
             }));
         }
-        let Some((summary, usage)) = summarize(provider, request, window).await? else {
+        let asked = if before < self.silent_below {
+            Asked::default()
+        } else {
+            summarize(provider, request, window).await?
+        };
+        let Some(summary) = asked.summary else {
+            if asked.used.is_some() {
+                self.silent_below = before + window / 10;
+            }
             // Nothing stands between the first message and the last, or nobody could say what it was.
             let cleared = cut_results(&mut request.messages, window);
             let after = tokens(request);
             if after * 100 > window * FULL || cleared == 0 {
                 self.given_up_at = after;
             }
-            return Ok((cleared > 0).then(|| Compaction {
+            let used = asked.used.filter(|used| *used != Usage::default());
+            return Ok((cleared > 0 || used.is_some()).then(|| Compaction {
                 messages: request.messages.clone(),
                 cleared,
                 summary: None,
                 tokens_before: before,
                 tokens_after: after,
-                usage: None,
+                usage: used,
             }));
         };
         let after = tokens(request);
@@ -125,7 +137,7 @@ impl Compactor {
             summary: Some(summary),
             tokens_before: before,
             tokens_after: after,
-            usage: Some(usage),
+            usage: asked.used,
         }))
     }
 }
@@ -212,24 +224,32 @@ fn cut_results(messages: &mut [Message], window: u64) -> usize {
     cut
 }
 
-/// Puts a summary in place of what stands between the first message and the last answer. `None` when there is nothing
-/// to summarize, or no summary to be had.
+/// What came of asking for a summary.
+#[derive(Debug, Default)]
+struct Asked {
+    summary: Option<String>,
+    /// What was used for it, if anything was asked at all.
+    used: Option<Usage>,
+}
+
+/// Puts a summary in place of what stands between the first message and the last answer. There is none when there is nothing to summarize, or
+/// nobody who does.
 async fn summarize(
     provider: &dyn Provider,
     request: &mut ModelRequest,
     window: u64,
-) -> Result<Option<(String, Usage)>, ProviderError> {
+) -> Result<Asked, ProviderError> {
     let last = request
         .messages
         .iter()
         .rposition(|message| matches!(message, Message::Assistant { .. }));
     let Some(last) = last.filter(|last| *last > 2) else {
-        return Ok(None);
+        return Ok(Asked::default());
     };
     // What stays may fill the window alone, and each summary costs as much as a turn.
     let (all, middle) = (tokens(request), of(&request.messages[1..last]));
     if (all - middle) * 100 > window * FULL && middle * 100 < window * WORTH {
-        return Ok(None);
+        return Ok(Asked::default());
     }
     let mut told = String::new();
     for message in &request.messages[1..last] {
@@ -256,12 +276,15 @@ async fn summarize(
             Err(error) => {
                 // The conversation is what counts: it goes on as well as it can without.
                 tracing::warn!("a conversation is not summarized: {}", error.told());
-                return Ok(None);
+                (String::new(), Usage::default())
             }
         };
         used += usage;
         if said.trim().is_empty() {
-            return Ok(None);
+            return Ok(Asked {
+                summary: None,
+                used: Some(used),
+            });
         }
         summary = said;
     }
@@ -270,7 +293,10 @@ async fn summarize(
         content: vec![Part::Text { text }],
     };
     request.messages.splice(1..last, [standing]);
-    Ok(Some((summary, used)))
+    Ok(Asked {
+        summary: Some(summary),
+        used: Some(used),
+    })
 }
 
 async fn ask(
@@ -479,6 +505,14 @@ mod tests {
         let shortened = compactor.shorten(&Refusing, &mut request).await;
         assert_eq!(shortened.unwrap(), None);
         assert_eq!(request.messages, before);
+        // It is not asked for again as soon as the conversation has grown a little.
+        request.messages.push(Message::User { content: vec![] });
+        let shortened = compactor.shorten(&Echo, &mut request).await;
+        assert_eq!(shortened.unwrap(), None);
+        let grown = conversation(40, 300).messages;
+        request.messages.extend(grown);
+        let shortened = compactor.shorten(&Echo, &mut request).await;
+        assert!(shortened.unwrap().unwrap().summary.is_some());
     }
 
     #[tokio::test]

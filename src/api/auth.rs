@@ -65,6 +65,14 @@ impl Presented {
         Some(Self::Key { world, hash })
     }
 
+    /// What its holder is told when it opens nothing any more.
+    pub fn refusal(self) -> ApiError {
+        match self {
+            Self::Key { .. } => ApiError::InvalidApiKey,
+            Self::Admin(project) => ApiError::missing("Project", &project.to_string()),
+        }
+    }
+
     /// Whether it opens nothing any more. A database that is away does not say so.
     pub async fn is_revoked(self, app: &App) -> bool {
         let opened = match self {

@@ -33,7 +33,7 @@ const KEPT: usize = 256;
 const PAGE: i64 = 500;
 /// A reader that is further behind than this is dropped.
 const BEHIND: i64 = 20_000;
-/// How often a reader's key is looked at again; it is known without asking the database.
+/// How often a reader's key is looked at again. It is known without asking the database; the admin's project is not.
 const RECHECK: Duration = Duration::from_secs(1);
 /// The net under wake-ups.
 const LOOK: Duration = Duration::from_secs(5);
@@ -236,6 +236,9 @@ pub async fn stream_events(
     read_events(app, door, query, presented, headers).await
 }
 
+/// A text that goes out, and the last event that its reader has seen with it.
+type Piece = (i64, Bytes);
+
 /// Someone who follows a project's events.
 struct Reader {
     app: App,
@@ -251,16 +254,16 @@ struct Reader {
 
 impl Reader {
     /// Takes an event in; its text if the filter lets it through.
-    fn admit(&mut self, frame: &Frame) -> Option<Bytes> {
+    fn admit(&mut self, frame: &Frame) -> Option<Piece> {
         self.after = frame.seq;
         passes(&self.filter, &frame.name).then(|| {
             self.told = frame.seq;
-            frame.text.clone()
+            (frame.seq, frame.text.clone())
         })
     }
 
     /// The next events of the log as text, and whether there are no more; or why the reader must not go on.
-    async fn next_page(&mut self) -> Result<(Vec<Bytes>, bool), &'static str> {
+    async fn next_page(&mut self) -> Result<(Vec<Piece>, bool), &'static str> {
         if self.app.stopping.is_cancelled() {
             return Err("the server is stopping");
         }
@@ -273,18 +276,18 @@ impl Reader {
             "the log cannot be read at the moment"
         })?;
         let caught_up = i64::try_from(rows.len()).is_ok_and(|count| count < PAGE);
-        let mut texts = Vec::new();
+        let mut pieces = Vec::new();
         for row in rows {
             // Numbers have no gaps: what is missing was pruned since. What stands before it goes out first.
             if row.seq > self.after + 1 {
-                return match texts.is_empty() {
+                return match pieces.is_empty() {
                     true => Err("the events that follow are not kept any more"),
-                    false => Ok((texts, false)),
+                    false => Ok((pieces, false)),
                 };
             }
-            texts.extend(self.admit(&row.into()));
+            pieces.extend(self.admit(&row.into()));
         }
-        Ok((texts, caught_up))
+        Ok((pieces, caught_up))
     }
 
     /// A stream must not outlive its key.
@@ -309,13 +312,15 @@ impl Reader {
     }
 
     /// A sign of life. It names the last event where the filter let none through since: whoever comes back after a quiet week has missed nothing.
-    fn heartbeat(&mut self) -> Bytes {
+    fn heartbeat(&mut self) -> Piece {
         if self.told == self.after {
-            return Bytes::from_static(b"event: heartbeat\ndata: \n\n");
+            let text = Bytes::from_static(b"event: heartbeat\ndata: \n\n");
+            return (self.after, text);
         }
         self.told = self.after;
         let id = event_id(self.after);
-        Bytes::from(format!("event: heartbeat\ndata: \nid: {id}\n\n"))
+        let text = format!("event: heartbeat\ndata: \nid: {id}\n\n");
+        (self.after, Bytes::from(text))
     }
 }
 
@@ -328,17 +333,17 @@ fn frames(mut reader: Reader) -> impl Frames<Item = Result<Bytes, Infallible>> {
         let mut beat = Box::pin(tokio::time::sleep(heartbeat));
         let (mut feed, mut at_the_end, mut ending) = (None, false, None);
         // Something at once, so that the reader knows that it is heard.
-        let mut texts = vec![Bytes::from_static(b": connected\n\n")];
-        let reason = 'open: loop {
-            for text in texts.drain(..) {
+        let mut pieces = vec![(reader.after, Bytes::from_static(b": connected\n\n"))];
+        let (reason, seen) = 'open: loop {
+            for (seen, text) in std::mem::take(&mut pieces) {
                 let offered = Instant::now();
                 yield Ok(text);
                 if offered.elapsed() > patience {
-                    break 'open "too slow";
+                    break 'open ("too slow", seen);
                 }
             }
             if let Some(reason) = ending {
-                break reason;
+                break (reason, reader.after);
             }
             let Some((_feed, news)) = &mut feed else {
                 // What was missed comes from the log. The feed is joined before the last look into it, so that nothing falls between the two.
@@ -352,7 +357,7 @@ fn frames(mut reader: Reader) -> impl Frames<Item = Result<Bytes, Infallible>> {
                 for page in [page, rest] {
                     match page {
                         Ok((page, caught_up)) => {
-                            texts.extend(page);
+                            pieces.extend(page);
                             at_the_end = caught_up;
                         }
                         Err(reason) => ending = Some(reason),
@@ -363,30 +368,28 @@ fn frames(mut reader: Reader) -> impl Frames<Item = Result<Bytes, Infallible>> {
             };
             tokio::select! {
                 () = tokio::time::sleep_until(reader.checked + RECHECK) => {
-                    if let Err(reason) = reader.recheck().await {
-                        break reason;
-                    }
+                    ending = reader.recheck().await.err();
                 }
                 frame = news.recv() => match frame {
                     Ok(frame) if frame.seq <= reader.after => {}
-                    Ok(frame) if frame.seq == reader.after + 1 => texts.extend(reader.admit(&frame)),
+                    Ok(frame) if frame.seq == reader.after + 1 => pieces.extend(reader.admit(&frame)),
                     // The feed skips nothing; a gap means that it began later than we did.
                     Ok(_) | Err(RecvError::Closed) => feed = None,
                     Err(RecvError::Lagged(_)) => {
                         if !reader.can_catch_up().await {
-                            break "too slow";
+                            ending = Some("too slow");
                         }
                         feed = None;
                     }
                 },
                 () = beat.as_mut() => {
                     beat.as_mut().reset(Instant::now() + heartbeat);
-                    texts.push(reader.heartbeat());
+                    pieces.push(reader.heartbeat());
                 }
-                () = stopping.cancelled() => break "the server is stopping",
+                () = stopping.cancelled() => ending = Some("the server is stopping"),
             }
         };
-        yield Ok(farewell(reason, reader.after));
+        yield Ok(farewell(reason, seen));
     }
 }
 

@@ -168,7 +168,7 @@ fn words(
                     // A stream must not outlive its key.
                     _ = recheck.tick(), if presented.is_some() => {
                         if let Some(presented) = presented && presented.is_revoked(&app).await {
-                            yield Ok(broken_off(&ApiError::InvalidApiKey));
+                            yield Ok(broken_off(&presented.refusal()));
                             return;
                         }
                     }

@@ -84,6 +84,8 @@ struct Following {
     db: ProjectDb,
     place: Place,
     tasks: BTreeMap<Id<ids::Task>, Task>,
+    /// How much was sent of those that are not worked on any more: they may be again.
+    left: BTreeMap<Id<ids::Task>, Cursor>,
     after: i64,
     /// Whether something may have ended or paused the mission.
     look_at_mission: bool,
@@ -94,7 +96,7 @@ fn words(follower: Follower, place: Place) -> impl Stream<Item = Result<Bytes, I
         let Follower { app, db, presented, after, mut changed } = follower;
         let keep_alive = app.config.keep_alive();
         let mut following = Following {
-            app: app.clone(), db, place, tasks: BTreeMap::new(), after, look_at_mission: true,
+            app: app.clone(), db, place, tasks: BTreeMap::new(), left: BTreeMap::new(), after, look_at_mission: true,
         };
         let mut presence = tokio::time::interval(PRESENCE);
         let mut checked = Instant::now();
@@ -134,7 +136,7 @@ fn words(follower: Follower, place: Place) -> impl Stream<Item = Result<Bytes, I
                 () = tokio::time::sleep_until(checked + RECHECK), if presented.is_some() => {
                     checked = Instant::now();
                     if let Some(presented) = presented && presented.is_revoked(&app).await {
-                        yield Ok(failure(&ApiError::InvalidApiKey));
+                        yield Ok(failure(&presented.refusal()));
                         return;
                     }
                 }
@@ -182,12 +184,13 @@ impl Following {
     ) -> &mut Task {
         announce(&self.app, id);
         let said = self.app.db.wait(Topic::Words(id.uuid()));
+        let cursor = self.left.remove(&id).unwrap_or_default();
         self.tasks.entry(id).or_insert_with(|| Task {
             title,
             agent,
             status: TaskStatus::InProgress,
             run,
-            cursor: Cursor::default(),
+            cursor,
             said,
         })
     }
@@ -297,8 +300,8 @@ impl Following {
             task.status = status;
         }
         pieces.push(self.task_chunk(id, &json!({})));
-        if leaves {
-            self.tasks.remove(&id);
+        if leaves && let Some(task) = self.tasks.remove(&id) {
+            self.left.insert(id, task.cursor);
         }
         self.look_at_mission |= leaves;
         Ok(())

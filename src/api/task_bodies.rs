@@ -262,7 +262,7 @@ pub struct UpdateTask {
     /// Other expectations, while the task is not worked on.
     #[schema(value_type = Option<Vec<Object>>)]
     pub expectations: Option<Value>,
-    /// Other outcomes from its next run on; null: none.
+    /// Other outcomes, from the task's next run on; null: none.
     #[serde(default, deserialize_with = "given")]
     #[schema(value_type = Option<Vec<ExpectedOutcome>>)]
     pub expected_outcomes: Option<Option<Value>>,
@@ -321,6 +321,10 @@ impl UpdateTask {
                 return Err(ApiError::invalid(member, sentence));
             }
         }
+        // What is shown holds what was wrong with the attempt before: sent back as it is, it is no other description.
+        let description = self
+            .description
+            .filter(|given| view["description"] != **given);
         let invalid = |param: &'static str| move |error: String| ApiError::invalid(param, error);
         let expectations = match self.expectations.filter(|given| !given.is_null()) {
             None => None,
@@ -334,7 +338,7 @@ impl UpdateTask {
             }
         };
         refuse_metrics(&self.metrics.unwrap_or_default()).map_err(invalid("metrics"))?;
-        if let Some(description) = &self.description {
+        if let Some(description) = &description {
             check_description(description)?;
         }
         let mut extras = self.others;
@@ -346,7 +350,7 @@ impl UpdateTask {
         check_length("assignTo", self.assign_to.as_deref(), NAME)?;
         check_times(self.max_duration.flatten(), self.deadline.flatten())?;
         Ok(TaskChange {
-            description: filled("description", self.description)?,
+            description: filled("description", description)?,
             assign_to: filled("assignTo", self.assign_to)?,
             status: status_of(self.status.as_deref())?,
             expectations,

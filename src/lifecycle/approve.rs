@@ -193,7 +193,8 @@ fn next_gate(settings: &Settings, task: &Task, row: &ApprovalRow) -> Option<(Clo
 pub(super) fn gate_before_retry(settings: &Settings, task: &Task, reason: &str) -> Option<Closed> {
     let data = json!({"attempt": task.document.retries + 1, "reason": reason});
     let step = (Status::Failed, Status::Pending);
-    Gate::closed_on_the_way(&settings.approval_gates, Hook::TaskRetry, task, step, &data)
+    let hooks = [Hook::TaskRetry, Hook::TaskTransition];
+    Gate::closed_at_step(&settings.approval_gates, &hooks, task, step, &data)
 }
 
 /// An overdue task goes on as it was when it was stopped: from its last step, or waiting for its turn, or held.

@@ -10,7 +10,9 @@ use super::operate::{begin_retry_by_hand, is_held_back, owe_if_ready, submit, wr
 use super::{LifecycleError, NOW, Result, locked, next_look, owe, save};
 use crate::ids::{self, Id};
 use crate::store::{Job, ProjectDb, ProjectTx, RunStatus, StoreError};
-use crate::task::{EndReason, Expectation, ExpectedOutcome, Phase, RetryPolicy, Status, Task};
+use crate::task::{
+    EndReason, Expectation, ExpectedOutcome, Hook, Phase, RetryPolicy, Status, Task,
+};
 
 /// A change to a task; `None` leaves a field as it is.
 #[derive(Debug, Default)]
@@ -127,6 +129,13 @@ fn set(task: &mut Task, change: TaskChange) {
         document.original_description = None;
         document.feedback = None;
     }
+    if change.expectations.is_some()
+        && document.phase == Some(Phase::Review)
+        && let Some(result) = &mut document.result
+    {
+        // A verdict that is still to be acted on was another question's.
+        result.assessment_history.extend(result.assessment.take());
+    }
     put(&mut document.expectations, change.expectations);
     put(&mut document.expected_outcomes, change.expected_outcomes);
     put(&mut document.retries, change.retries);
@@ -168,12 +177,8 @@ async fn step(tx: &mut ProjectTx, db: &ProjectDb, task: &mut Task, to: Status) -
             if from == Status::Failed {
                 return begin_retry_by_hand(tx, task).await;
             }
+            leave_gate(tx, task, to).await?;
             task.go(to)?;
-            if from == Status::AwaitingApproval && task.document.phase == Some(Phase::Review) {
-                // Whoever sends finished work back wants it done again.
-                let feedback = task.document.feedback.take();
-                task.begin_again(Phase::Execution, feedback, "retry");
-            }
             withdraw(tx, task).await?;
             owe_if_ready(tx, task).await
         }
@@ -196,6 +201,7 @@ async fn step(tx: &mut ProjectTx, db: &ProjectDb, task: &mut Task, to: Status) -
                     "assigned before what it waits for is over",
                 ));
             }
+            leave_gate(tx, task, to).await?;
             task.go(to)?;
             task.held = false;
             withdraw(tx, task).await?;
@@ -207,4 +213,29 @@ async fn step(tx: &mut ProjectTx, db: &ProjectDb, task: &mut Task, to: Status) -
             )))
         }
     }
+}
+
+/// Takes a task past whoever is asked about it, by hand. An attempt that has not begun is not another one, and an overdue task goes on as it was;
+/// work whose judgement was held up is judged, unless it is sent back. All else is done anew.
+async fn leave_gate(tx: &mut ProjectTx, task: &mut Task, to: Status) -> Result<()> {
+    if task.status() != Status::AwaitingApproval {
+        return Ok(());
+    }
+    let Some((gate, hook)) = tx.pending_gate(task.id).await? else {
+        return Ok(());
+    };
+    let goes_on = match Hook::of(&hook) {
+        Some(Hook::TaskCreate | Hook::TaskSpawn | Hook::QualitySla) => true,
+        Some(Hook::AssessmentRun | Hook::AssessmentComplete) => to == Status::Assigned,
+        _ => false,
+    };
+    if !goes_on {
+        let feedback = task.document.feedback.take();
+        task.begin_again(Phase::Execution, feedback, "retry");
+    }
+    if to == Status::Assigned {
+        // As if it had been opened.
+        task.document.passed_gates.push(gate);
+    }
+    Ok(())
 }

@@ -37,8 +37,9 @@ pub async fn complete(
     settings: &Settings,
 ) -> Result<Aftermath> {
     let (gates, step) = (&settings.approval_gates, (Status::Review, Status::Done));
+    let hooks = [Hook::TaskComplete, Hook::TaskTransition];
     let data = json!({"outcomes": task.document.outcomes});
-    let closed = Gate::closed_on_the_way(gates, Hook::TaskComplete, task, step, &data);
+    let closed = Gate::closed_at_step(gates, &hooks, task, step, &data);
     if let Some(closed) = closed {
         return wait_for_person(tx, db, task, &closed, Hook::TaskComplete).await;
     }
@@ -135,8 +136,9 @@ pub async fn after_failure(
         Follow::GiveUp => {
             task.tell("task:maxRetries", json!({}));
             let (gates, step) = (&settings.approval_gates, (task.status(), Status::Failed));
+            let hooks = [Hook::TaskFail, Hook::TaskTransition];
             let data = json!({"reason": feedback});
-            let closed = Gate::closed_on_the_way(gates, Hook::TaskFail, task, step, &data);
+            let closed = Gate::closed_at_step(gates, &hooks, task, step, &data);
             if let Some(closed) = closed {
                 task.document.feedback = Some(feedback);
                 return wait_for_person(tx, db, task, &closed, Hook::TaskFail).await;
@@ -167,6 +169,8 @@ pub async fn retry_for_others(tx: &mut ProjectTx, db: &ProjectDb, task: &mut Tas
     let wrong = document.result.as_ref().map(|result| result.stderr.clone());
     let feedback = wrong.filter(|wrong| !wrong.is_empty());
     let closed = gate_before_retry(&settings, task, feedback.as_deref().unwrap_or_default());
+    // It waits again, for a person or for its turn: its deadline counts again.
+    super::renew_deadline(tx, task).await?;
     if let Some(closed) = closed {
         task.document.feedback = feedback;
         wait_for_person(tx, db, task, &closed, Hook::TaskRetry).await?;
@@ -174,7 +178,6 @@ pub async fn retry_for_others(tx: &mut ProjectTx, db: &ProjectDb, task: &mut Tas
     }
     let fallback = fallback(db, task).await?;
     task.begin_retry(feedback, fallback)?;
-    super::renew_deadline(tx, task).await?;
     save(tx, db, task).await?;
     super::owe(tx, task, NOW).await?;
     Ok(true)

@@ -239,13 +239,13 @@ impl ProjectTx {
         .await?)
     }
 
-    /// The gate at which a task waits for a person, if it does. The task must be held.
+    /// The gate at which a task waits for a person, and the hook there, if it does. The task must be held.
     ///
     /// # Errors
     /// When the database cannot be reached.
-    pub async fn pending_gate(&mut self, task: Id<ids::Task>) -> Result<Option<String>> {
-        Ok(sqlx::query_scalar!(
-            "select gate_id from approvals
+    pub async fn pending_gate(&mut self, task: Id<ids::Task>) -> Result<Option<(String, String)>> {
+        let asked = sqlx::query!(
+            "select gate_id, hook from approvals
             where project_id = $1 and task_id = $2 and status = 'pending'
             order by requested_at desc
             limit 1",
@@ -253,7 +253,8 @@ impl ProjectTx {
             task.uuid()
         )
         .fetch_optional(self.open().await?)
-        .await?)
+        .await?;
+        Ok(asked.map(|row| (row.gate_id, row.hook)))
     }
 
     /// Closes the requests of a task that nobody has answered and nobody can any more, and returns which. `status`, `by` and `note` are what

@@ -16,7 +16,7 @@ pub enum Hook {
     /// Before an agent begins.
     #[serde(rename = "task:spawn", alias = "task:assign")]
     TaskSpawn,
-    /// Before any step of a task that the engine takes: `data.from` and `data.to` say which.
+    /// Before the engine has a task assigned, begun, reviewed, done, tried again or failed: `data.from` and `data.to` say which.
     #[serde(rename = "task:transition")]
     TaskTransition,
     /// Before a task is done.
@@ -280,27 +280,24 @@ impl Gate {
         Self::first_closed(gates, hook, passed, || context(task, hook, data))
     }
 
-    /// The gate that stands in a task's way to another status: at the hook that is before such a step, or at one before all.
-    pub fn closed_on_the_way(
+    /// The gate that stands in a task's way to another status: at one of the hooks before such a step, the first of them first.
+    pub fn closed_at_step(
         gates: &[Self],
-        hook: Hook,
+        hooks: &[Hook],
         task: &Task,
         (from, to): (Status, Status),
         data: &Value,
     ) -> Option<Closed> {
-        let step = || {
-            let mut step = json!({"from": from, "to": to, "agent": task.assign_to});
-            if let (Some(step), Some(data)) = (step.as_object_mut(), data.as_object()) {
-                step.extend(data.clone());
-            }
-            step
-        };
         if gates.is_empty() {
             return None;
         }
-        let data = step();
-        Self::closed(gates, hook, task, &data)
-            .or_else(|| Self::closed(gates, Hook::TaskTransition, task, &data))
+        let mut step = json!({"from": from, "to": to, "agent": task.assign_to});
+        if let (Some(step), Some(data)) = (step.as_object_mut(), data.as_object()) {
+            step.extend(data.clone());
+        }
+        hooks
+            .iter()
+            .find_map(|hook| Self::closed(gates, *hook, task, &step))
     }
 
     /// The gate that stands in a mission's way at a hook, if one does: none of those in `passed`. `mission` is what conditions see of it.

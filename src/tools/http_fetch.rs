@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt;
-use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, LOCATION};
+use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, LOCATION};
 use reqwest::redirect::Policy;
 use reqwest::{Method, Response, StatusCode, Url};
 use serde::Deserialize;
@@ -147,8 +147,8 @@ impl Request {
         }
     }
 
-    /// The request that a redirect asks for (RFC 9110, 15.4). What the model has set for one origin, another does not see: it may be a credential
-    /// under any name.
+    /// The request that a redirect asks for (RFC 9110, 15.4). No header that the model has set for one origin goes to another, for it may be a
+    /// credential under any name, but for those that say what is sent and what is wanted.
     fn redirected(self, status: StatusCode, to: Url) -> Self {
         let becomes_get = match status {
             StatusCode::SEE_OTHER => self.method != Method::HEAD,
@@ -161,11 +161,17 @@ impl Request {
         } else {
             (self.method, self.body)
         };
-        let mut headers = if stays {
-            self.headers
-        } else {
-            HeaderMap::new()
-        };
+        let mut headers = self.headers;
+        if !stays {
+            let kept = [CONTENT_TYPE, ACCEPT].map(|name| {
+                let value = headers.get(&name).cloned();
+                (name, value)
+            });
+            headers = HeaderMap::new();
+            for (name, value) in kept {
+                headers.extend(value.map(|value| (name, value)));
+            }
+        }
         if becomes_get {
             headers.remove(CONTENT_TYPE);
         }

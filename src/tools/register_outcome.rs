@@ -48,15 +48,19 @@ pub(super) fn tool() -> Tool {
 /// Takes what a call hands over, unless the task expects something else under its label.
 pub(super) fn call(call: &ToolCall, expected: &[ExpectedOutcome]) -> Result<String, String> {
     let outcome = outcome_of(call, Utc::now())?;
-    let named = |one: &&ExpectedOutcome| one.label == outcome.label;
-    match expected.iter().find(named) {
-        Some(expected) if !expected.is_met_by(&outcome) => Err(format!(
-            "The outcome \"{}\" is expected as `{}`: hand it over as that.",
-            expected.label,
-            expected.kind.as_str()
-        )),
-        _ => Ok(format!("\"{}\" is registered.", outcome.label)),
+    let same: Vec<&ExpectedOutcome> = expected
+        .iter()
+        .filter(|one| one.label == outcome.label)
+        .collect();
+    if same.is_empty() || same.iter().any(|one| one.is_met_by(&outcome)) {
+        return Ok(format!("\"{}\" is registered.", outcome.label));
     }
+    let kinds: Vec<&str> = same.iter().map(|one| one.kind.as_str()).collect();
+    Err(format!(
+        "The outcome \"{}\" is expected as `{}`: hand it over as that.",
+        outcome.label,
+        kinds.join("` or `")
+    ))
 }
 
 /// What a call hands over.

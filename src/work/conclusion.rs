@@ -12,7 +12,10 @@ use crate::agent::{Step, TurnError};
 use crate::lifecycle::{self, Aftermath, after_failure};
 use crate::llm::{FinishReason, ProviderError};
 use crate::store::{NewStep, ProjectTx, RunStatus};
-use crate::task::{EndReason, Failure, Gate, Hook, Phase, Settings, Status, Task, TaskResult};
+use crate::task::{
+    Closed, EndReason, ExpectedOutcome, Failure, Gate, Hook, Outcome, Phase, Settings, Status,
+    Task, TaskResult,
+};
 
 /// The longest rest that a provider can ask for between two attempts.
 const LONGEST_REST: Duration = Duration::from_secs(3_600);
@@ -156,14 +159,19 @@ impl Conclusion<'_> {
         tx.end_run(self.recorder.run, status, last);
         self.tell_end(&mut task);
         if self.ending.is_success() {
-            self.succeed(tx, task).await
+            self.succeed(tx, task, before).await
         } else {
             self.fail(tx, task).await
         }
     }
 
     /// Work that was finished is judged, if there is anything to judge it by.
-    async fn succeed(&self, mut tx: ProjectTx, mut task: Task) -> Result<Option<Task>> {
+    async fn succeed(
+        &self,
+        mut tx: ProjectTx,
+        mut task: Task,
+        before: &Task,
+    ) -> Result<Option<Task>> {
         let (db, settings) = (&self.held.lease.db, self.settings);
         let recorder = &self.recorder;
         // What has acted on the outside world is not begun anew by itself.
@@ -172,7 +180,9 @@ impl Conclusion<'_> {
             && !acted
             && task.document.question_rounds < settings.max_question_rounds;
         task.document.phase = Some(Phase::Review);
-        let missing = missing_outcomes(&task);
+        // What it was told to hand over: whatever was changed since is for its next run.
+        let expected = before.document.expected_outcomes.as_deref();
+        let missing = missing_outcomes(expected.unwrap_or_default(), &task.document.outcomes);
         if missing.is_empty()
             && let Some(closed) = gate_before_review(settings, &task)
         {
@@ -238,13 +248,12 @@ impl Conclusion<'_> {
 
 /// The gate between an agent that has finished and the judgement of its work, if one stands there. Those at `assessment:run` are asked about
 /// when it is about to be judged, which not all work is.
-fn gate_before_review(settings: &Settings, task: &Task) -> Option<crate::task::Closed> {
-    let gates = &settings.approval_gates;
-    if gates.is_empty() {
-        return None;
-    }
-    let data = json!({"from": Status::InProgress, "to": Status::Review, "agent": task.assign_to});
-    Gate::closed(gates, Hook::TaskTransition, task, &data)
+pub(super) fn gate_before_review(settings: &Settings, task: &Task) -> Option<Closed> {
+    let (gates, step) = (
+        &settings.approval_gates,
+        (Status::InProgress, Status::Review),
+    );
+    Gate::closed_at_step(gates, &[Hook::TaskTransition], task, step, &json!({}))
 }
 
 /// A database that is away for a moment must not cost an answer that was paid for.
@@ -273,10 +282,9 @@ fn may_be_question(answer: &str, tool_calls: usize) -> bool {
 }
 
 /// The required outcomes that were not handed over, neither under their label nor as what they are to be.
-fn missing_outcomes(task: &Task) -> Vec<String> {
-    let there = &task.document.outcomes;
-    let expected = task.document.expected_outcomes.iter().flatten();
+fn missing_outcomes(expected: &[ExpectedOutcome], there: &[Outcome]) -> Vec<String> {
     expected
+        .iter()
         .filter(|expected| expected.required && !there.iter().any(|one| expected.is_met_by(one)))
         .map(|expected| format!("\"{}\" (`{}`)", expected.label, expected.kind.as_str()))
         .collect()

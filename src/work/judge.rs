@@ -34,12 +34,12 @@ pub(super) async fn review(held: &Held, task: Task) -> Result<Option<Task>> {
     {
         return Ok(Some(task));
     }
-    if stands_before(held, &task, &settings, Hook::AssessmentRun, &json!({})).await? {
-        return Ok(None);
-    }
     let judged = if task.document.expectations.is_empty() {
         None
     } else {
+        if stands_before(held, &task, &settings).await? {
+            return Ok(None);
+        }
         let trigger = trigger_of(&task);
         Some(assess(held, &task, &settings, trigger).await?)
     };
@@ -72,24 +72,14 @@ async fn held_in_review(held: &Held, tx: &mut ProjectTx, before: &Task) -> Resul
 }
 
 /// Whether a gate stops the judgement; then the task waits for a person.
-async fn stands_before(
-    held: &Held,
-    task: &Task,
-    settings: &Settings,
-    hook: Hook,
-    data: &Value,
-) -> Result<bool> {
-    let Some(closed) = Gate::closed(&settings.approval_gates, hook, task, data) else {
+async fn stands_before(held: &Held, task: &Task, settings: &Settings) -> Result<bool> {
+    let hook = Hook::AssessmentRun;
+    let Some(closed) = Gate::closed(&settings.approval_gates, hook, task, &json!({})) else {
         return Ok(false);
     };
-    let db = &held.lease.db;
-    let mut tx = db.begin();
-    let mut task = tx.lock_task_under(&held.lease, task.id).await?;
-    if task.go(Status::AwaitingApproval).is_err() {
-        return Err(WorkError::LeaseLost);
-    }
-    lifecycle::request_approval(&mut tx, &mut task, &closed, hook).await?;
-    lifecycle::save(&mut tx, db, &mut task).await?;
+    let mut tx = held.lease.db.begin();
+    let mut task = held_in_review(held, &mut tx, task).await?;
+    lifecycle::wait_for_person(&mut tx, &held.lease.db, &mut task, &closed, hook).await?;
     tx.complete(&held.lease).await?;
     tx.commit().await?;
     Ok(true)
@@ -189,7 +179,8 @@ impl Judged {
         let replaced = self.before.as_ref().map(|verdict| json!(verdict));
         if verdict.says_nothing() && result.assessment.is_some() {
             // The last word on the work is still the one before.
-            result.assessment_history.push(json!(verdict));
+            let nothing = replaced.into_iter().chain([json!(verdict)]);
+            result.assessment_history.extend(nothing);
             return;
         }
         let earlier = result.assessment.replace(json!(verdict));

@@ -6,6 +6,7 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use serde_json::json;
 
+use super::conclusion::gate_before_review;
 use super::{Held, Result, WorkError, execution, judge, question};
 use crate::app::{self, ModelError};
 use crate::ids::{self, Id};
@@ -161,6 +162,13 @@ async fn start(
             illegal(task.go(Status::Assigned))?;
         }
         illegal(task.go(Status::InProgress))?;
+        // There may be another gate behind the one that let it through.
+        if let Some(closed) = gate_before_review(settings, &task) {
+            let hook = Hook::AssessmentRun;
+            lifecycle::wait_for_person(tx, db, &mut task, &closed, hook).await?;
+            tx.complete(&held.lease).await?;
+            return Ok(Next::Nothing);
+        }
         illegal(task.go(Status::Review))?;
         lifecycle::save(tx, db, &mut task).await?;
         return Ok(Next::Review(Box::new(task)));
@@ -189,9 +197,9 @@ async fn start(
         (Status::Pending, Status::Assigned),
         (Status::Assigned, Status::InProgress),
     ] {
-        let hook = Hook::TaskSpawn;
-        if let Some(closed) = Gate::closed_on_the_way(gates, hook, &task, step, &nothing) {
-            lifecycle::wait_for_person(tx, db, &mut task, &closed, hook).await?;
+        let hooks = [Hook::TaskSpawn, Hook::TaskTransition];
+        if let Some(closed) = Gate::closed_at_step(gates, &hooks, &task, step, &nothing) {
+            lifecycle::wait_for_person(tx, db, &mut task, &closed, Hook::TaskSpawn).await?;
             tx.complete(&held.lease).await?;
             return Ok(Next::Nothing);
         }

@@ -111,7 +111,7 @@ async fn is_asked_about_at_a_gate(tx: &mut ProjectTx, task: &Task) -> Result<boo
         return Ok(false);
     }
     let gate = tx.pending_gate(task.id).await?;
-    Ok(gate.is_some_and(|gate| gate != Gate::ESCALATION))
+    Ok(gate.is_some_and(|(gate, _)| gate != Gate::ESCALATION))
 }
 
 /// Nobody has answered a request in its time.

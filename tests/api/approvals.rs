@@ -510,6 +510,60 @@ async fn a_transition_gate_stands_at_every_step_that_the_engine_takes() {
 }
 
 #[tokio::test]
+async fn of_two_gates_before_a_review_each_is_asked_about() {
+    let to_review = |id: &str| {
+        let condition = json!({"expression": "data.to == 'review'"});
+        gate("task:transition", json!({"id": id, "condition": condition}))
+    };
+    let app = with_gates(json!([
+        to_review("one"),
+        to_review("two"),
+        gate("assessment:run", json!({})),
+    ]))
+    .await;
+    // There is nothing to judge it by, so nobody is asked about its judgement.
+    let id = app.task("work", json!({})).await;
+    for expected in ["one", "two"] {
+        let mut request = Value::Null;
+        eventually("someone is asked", async || {
+            request = waiting(&app, &id).await;
+            request["gateId"] == expected
+        })
+        .await;
+        assert_eq!(decide(&app, &request, "approve", json!({})).await.0, 200);
+    }
+    app.until(&id, "done").await;
+    assert_eq!(app.upstream.asked().len(), 1);
+    assert_eq!(app.events("approval:requested").await.len(), 2);
+}
+
+#[tokio::test]
+async fn a_task_that_is_taken_past_its_gate_by_hand_works_anew_where_it_had_failed() {
+    for (hook, status, title) in [
+        ("task:retry", "pending", "break"),
+        ("task:fail", "assigned", "break"),
+        ("task:complete", "assigned", "work"),
+        ("task:spawn", "assigned", "work"),
+    ] {
+        let app = with_gates(json!([gate(hook, json!({}))])).await;
+        let retries = i32::from(hook == "task:retry");
+        let id = app.task(title, json!({"maxRetries": retries})).await;
+        waiting(&app, &id).await;
+        let asked = app.upstream.asked().len();
+        app.upstream.answers(|_| Reply::Stream(said("Fine now.")));
+        let step = app.patch(&format!("/v1/tasks/{id}"), json!({"status": status}));
+        let (answered, body) = answer(step).await;
+        assert_eq!(answered, 200, "{hook}: {body}");
+        app.until(&id, "done").await;
+        // From its beginning: nothing of the run before is in the conversation.
+        let asked = &app.upstream.asked()[asked..];
+        assert_eq!(asked.len(), 1, "{hook}");
+        assert_eq!(asked[0]["messages"].as_array().unwrap().len(), 2, "{hook}");
+        assert_eq!(app.events("approval:requested").await.len(), 1, "{hook}");
+    }
+}
+
+#[tokio::test]
 async fn whoever_is_asked_because_a_condition_cannot_be_told_reads_why() {
     let broken = json!({"condition": {"expression": "task.budget.left < 5"}});
     let app = with_gates(json!([gate("task:spawn", broken)])).await;

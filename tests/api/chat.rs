@@ -623,7 +623,7 @@ async fn a_connection_that_died_while_it_rested_costs_nobody_a_request() {
 
 #[tokio::test]
 async fn a_database_that_does_not_answer_is_503_in_time() {
-    let app = TestApp::start_with(&["--database-patience-ms", "300"]).await;
+    let app = TestApp::start_with(&["--database-patience-ms", "1000"]).await;
     app.agent("noor").await;
     let mut database = sqlx::PgConnection::connect(&app.database_url)
         .await
@@ -648,4 +648,27 @@ async fn a_database_that_does_not_answer_is_503_in_time() {
     assert!(app.upstream.asked().is_empty());
     held.rollback().await.unwrap();
     assert_eq!(answer(app.get("/v1/tasks")).await.0, 200);
+}
+
+#[tokio::test]
+async fn a_slow_caller_is_no_slow_database() {
+    let app = TestApp::start_with(&["--database-patience-ms", "1000"]).await;
+    let body = json!({"content": "x".repeat(100)}).to_string();
+    let pieces = body
+        .into_bytes()
+        .chunks(20)
+        .map(<[u8]>::to_vec)
+        .collect::<Vec<_>>();
+    let slowly = futures::stream::iter(pieces).then(async |piece| {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        Ok::<_, std::io::Error>(piece)
+    });
+    let saved = app
+        .request(reqwest::Method::PUT, "/v1/memory")
+        .header("content-type", "application/json")
+        .body(reqwest::Body::wrap_stream(slowly));
+    assert_eq!(
+        answer(saved).await,
+        (reqwest::StatusCode::OK, json!({"saved": true}))
+    );
 }

@@ -238,8 +238,10 @@ async fn a_gate_before_retries_stands_before_those_for_others_too() {
     let app = with_verdict("retry").await;
     let gate = json!({"id": "g", "name": "G", "handler": "human", "hook": "task:retry"});
     answer(app.patch("/v1/config", json!({"approvalGates": [gate]}))).await;
-    let (first, second) = failed_and_needed(&app, json!({})).await;
+    let soon = chrono::Utc::now() + chrono::TimeDelta::hours(1);
+    let (first, second) = failed_and_needed(&app, json!({"deadline": soon})).await;
     app.until(&first, "awaiting_approval").await;
+    assert_eq!(app.owed("deadline").await, 1);
     let path = "/v1/approvals?status=pending";
     let request = answer(app.get(path)).await.1[0].clone();
     assert_eq!(

@@ -102,6 +102,17 @@ async fn write(app: &TestApp, url: &str, title: &str) {
     assert_eq!(status, 201, "{body}");
 }
 
+/// So many events of so many bytes, of which nobody is woken. There must be one already.
+async fn events_of(app: &TestApp, count: usize, bytes: usize) {
+    let statements = format!(
+        "insert into production.events (project_id, seq, name, payload, at)
+        select project_id, n, 'task:updated', '{{\"x\":\"' || repeat('x', {bytes}) || '\"}}', now()
+        from production.event_heads, generate_series(last + 1, last + {count}) as n;
+        update production.event_heads set last = last + {count}"
+    );
+    app.sql(statements).await;
+}
+
 #[tokio::test]
 async fn a_frame_has_a_name_data_with_a_time_and_an_id() {
     let app = TestApp::start().await;
@@ -455,6 +466,30 @@ async fn a_heartbeat_names_the_last_event_where_the_filter_let_none_through() {
 }
 
 #[tokio::test]
+async fn a_reader_that_is_too_slow_is_told_the_last_event_that_it_was_sent() {
+    let app = TestApp::start_with(&["--stall-ms", "1500"]).await;
+    app.agent("noor").await;
+    write(&app, &app.url, "one").await;
+    events_of(&app, 400, 100_000).await;
+    let response = app.get("/v1/events?after=evt_00000").send().await.unwrap();
+    let mut pieces = response.bytes_stream();
+    let mut text = Vec::new();
+    let mut pause = Some(Duration::from_millis(1_000));
+    while let Some(Ok(piece)) = pieces.next().await {
+        text.extend_from_slice(&piece);
+        if let Some(pause) = pause.take_if(|_| text.len() > 1_000_000) {
+            tokio::time::sleep(pause).await;
+        }
+    }
+    let text = String::from_utf8(text).unwrap();
+    let seen = text.matches("\nid: evt_").count();
+    assert!(seen < 400, "{seen}");
+    assert!(text.ends_with(&format!(
+        ": closed: too slow; go on with Last-Event-ID: evt_{seen:05}\n\n"
+    )));
+}
+
+#[tokio::test]
 async fn an_empty_id_hides_no_other() {
     let app = TestApp::start().await;
     app.agent("noor").await;
@@ -473,14 +508,7 @@ async fn a_reader_that_catches_up_is_stopped_when_its_key_is_revoked() {
     app.agent("noor").await;
     write(&app, &app.url, "one").await;
     // So many that it is still behind when the key goes.
-    app.sql(
-        "insert into production.events (project_id, seq, name, payload, at)
-        select project_id, n, 'task:updated', '{\"x\":\"' || repeat('x', 20000) || '\"}', now()
-        from production.event_heads, generate_series(last + 1, last + 4000) as n;
-        update production.event_heads set last = last + 4000"
-            .to_owned(),
-    )
-    .await;
+    events_of(&app, 4_000, 20_000).await;
     let response = app.get("/v1/events?after=evt_00000").send().await.unwrap();
     assert_eq!(response.status(), 200);
     let keys = app.admin(
@@ -606,11 +634,10 @@ async fn a_reader_that_takes_too_little_is_told_and_one_that_takes_nothing_is_cu
         reader.read_exact(&mut start).await.unwrap();
         readers.push((pause, reader));
     }
-    let description = "x".repeat(120_000);
-    for event in 0..100 {
-        let task = json!({"title": format!("{event}"), "description": description, "assignTo": "noor", "draft": true});
-        answer(app.post("/v1/tasks", task)).await;
-    }
+    // All at once, so that it is known since when they are not taken.
+    write(&app, &app.url, "one").await;
+    events_of(&app, 100, 120_000).await;
+    write(&app, &app.url, "two").await;
     let since = tokio::time::Instant::now();
     for (pause, mut reader) in readers {
         tokio::time::sleep_until(since + Duration::from_millis(pause)).await;

@@ -1325,7 +1325,7 @@ async fn wide_and_deep_missions_come_to_their_end() {
         assert_eq!(app.execute(id).await.0, 200);
     }
     for (id, tasks) in [(deep, 200), (wide, 501)] {
-        for _ in 0..40 {
+        for _ in 0..240 {
             if app.read_mission(&id).await["status"] != "active" {
                 break;
             }

@@ -1713,3 +1713,67 @@ async fn what_a_run_did_is_read_in_pages() {
     let path = format!("/v1/tasks/{id}/activity?after=soon");
     assert_eq!(answer(app.get(&path)).await.0, 400);
 }
+
+#[tokio::test]
+async fn a_task_that_is_sent_back_as_it_was_read_is_not_changed() {
+    let app = start().await;
+    app.upstream.answers(|request| {
+        if last_text(request, "user") == "Do work" {
+            Reply::Plain(400, vec![], "{}".to_owned())
+        } else {
+            Reply::Hang(vec![])
+        }
+    });
+    let id = app.task("work", json!({"maxRetries": 1})).await;
+    eventually("it is tried again", async || {
+        app.read(&id).await["retries"] == 1
+    })
+    .await;
+    let task = app.until(&id, "in_progress").await;
+    assert_eq!(task["originalDescription"], "Do work");
+    let change = json!({"description": task["description"], "title": task["title"], "priority": 7});
+    let (status, changed) = answer(app.patch(&format!("/v1/tasks/{id}"), change)).await;
+    assert_eq!(status, 200);
+    for member in ["description", "originalDescription"] {
+        assert_eq!(changed[member], task[member]);
+    }
+    assert_eq!(changed["priority"], 7.0);
+    let (_, changed) = answer(app.patch(
+        &format!("/v1/tasks/{id}"),
+        json!({"description": "Do it well"}),
+    ))
+    .await;
+    assert_eq!(changed["description"], "Do it well");
+    assert_eq!(changed.get("originalDescription"), None);
+}
+
+#[tokio::test]
+async fn outcomes_of_one_label_may_be_of_several_kinds() {
+    let app = start().await;
+    app.upstream.answers(|request| match results(request) {
+        0 => Reply::Stream(called(&[
+            (
+                "a",
+                "register_outcome",
+                &[r#"{"type":"text","label":"Report","text":"r"}"#],
+            ),
+            (
+                "b",
+                "register_outcome",
+                &[r#"{"type":"url","label":"Report","url":"https://r"}"#],
+            ),
+            (
+                "c",
+                "register_outcome",
+                &[r#"{"type":"json","label":"Report","data":1}"#],
+            ),
+        ])),
+        _ => Reply::Stream(said("Here.")),
+    });
+    let kinds = ["text", "url"].map(|kind| json!({"type": kind, "label": "Report"}));
+    let id = app.task("report", json!({"expectedOutcomes": kinds})).await;
+    let task = app.until(&id, "done").await;
+    assert_eq!(task["outcomes"].as_array().unwrap().len(), 2);
+    let told = last_text(&app.upstream.asked()[1], "tool");
+    assert!(told.contains("`text` or `url`"), "{told}");
+}

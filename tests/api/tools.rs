@@ -530,6 +530,7 @@ async fn what_a_model_sets_for_one_origin_no_other_sees() {
             let second = app.upstream.asked().len() - 2;
             let headers = &app.upstream.headers()[second];
             assert_eq!(headers.contains_key("x-api-key"), sees, "{to} {status}");
+            assert_eq!(headers.contains_key("content-type"), keeps_body);
             assert!(!headers.contains_key("referer"));
             let body = &app.upstream.asked()[second];
             assert_eq!(*body == json!({"n": 1}), keeps_body, "{to} {status}");
