@@ -6,7 +6,6 @@ use uuid::Uuid;
 use super::activity::redact;
 use super::error::ApiError;
 use super::sessions::{SessionMessages, SessionView, missing, views};
-
 use crate::ids::{self, Id, Run};
 use crate::llm::{Message, Part};
 use crate::store::{MessageRow, ProjectDb, StepKind, StepRow};

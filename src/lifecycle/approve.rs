@@ -245,14 +245,16 @@ pub async fn reject(
 ) -> std::result::Result<ApprovalRow, NotResolved> {
     let asked = db.approval(id).await?;
     let mut tx = db.begin();
-    let task = task_of(&mut tx, &asked).await?;
-    let row = resolve(&mut tx, id, "rejected", by, Some(feedback)).await?;
-    let Some(mut task) = task else {
-        return Err(NotResolved::Conflict(
+    let Some(mut task) = task_of(&mut tx, &asked).await? else {
+        // Before anything is held: nothing of it will be changed.
+        return Err(NotResolved::Conflict(if asked.status == "pending" {
             "This request belongs to no task and cannot be rejected. Approve it, or leave it as it is."
-                .to_owned(),
-        ));
+                .to_owned()
+        } else {
+            already(&asked.status)
+        }));
     };
+    let row = resolve(&mut tx, id, "rejected", by, Some(feedback)).await?;
     let most = u32::try_from(row.max_revisions).unwrap_or_default();
     if task.document.revision_count >= most {
         return Err(NotResolved::Conflict(format!(
@@ -366,6 +368,10 @@ async fn task_of(tx: &mut ProjectTx, asked: &ApprovalRow) -> Result<Option<Task>
     }
 }
 
+fn already(status: &str) -> String {
+    format!("This request is {status} already.")
+}
+
 /// Answers a request and calls its timer off; says why not where it is answered already.
 pub(super) async fn resolve(
     tx: &mut ProjectTx,
@@ -376,9 +382,7 @@ pub(super) async fn resolve(
 ) -> std::result::Result<ApprovalRow, NotResolved> {
     let Some(row) = tx.resolve_approval(id, status, by, note).await? else {
         let status = tx.approval_status(id).await?;
-        return Err(NotResolved::Conflict(format!(
-            "This request is {status} already."
-        )));
+        return Err(NotResolved::Conflict(already(&status)));
     };
     tx.call_off(Job::Approval(id)).await?;
     Ok(row)

@@ -11,7 +11,7 @@ use super::{LifecycleError, NOW, Result, locked, next_look, owe, save};
 use crate::ids::{self, Id};
 use crate::store::{Job, ProjectDb, ProjectTx, RunStatus, StoreError};
 use crate::task::{
-    EndReason, Expectation, ExpectedOutcome, Hook, Phase, RetryPolicy, Status, Task,
+    EndReason, Expectation, ExpectedOutcome, Gate, Hook, Phase, RetryPolicy, Status, Task,
 };
 
 /// A change to a task; `None` leaves a field as it is.
@@ -224,6 +224,10 @@ async fn leave_gate(tx: &mut ProjectTx, task: &mut Task, to: Status) -> Result<(
     let Some((gate, hook)) = tx.pending_gate(task.id).await? else {
         return Ok(());
     };
+    if gate == Gate::ESCALATION {
+        // A person has acted: no other level does.
+        tx.call_off(Job::Escalation(task.id)).await?;
+    }
     let goes_on = match Hook::of(&hook) {
         Some(Hook::TaskCreate | Hook::TaskSpawn | Hook::QualitySla) => true,
         Some(Hook::AssessmentRun | Hook::AssessmentComplete) => to == Status::Assigned,

@@ -148,23 +148,27 @@ pub async fn after_failure(
     }
 }
 
-/// Tries a failed task again because others wait for it, if it may be: nobody stopped it, it touches nothing outside, and it has retries left.
-/// Where a gate stands before retries a person is asked. False when nothing of the kind is done.
+/// Whether a failed task may be tried again because others wait for it: nobody stopped it, it touches nothing outside, and it has retries left.
 ///
 /// # Errors
 /// When the database refuses.
-pub async fn retry_for_others(tx: &mut ProjectTx, db: &ProjectDb, task: &mut Task) -> Result<bool> {
+pub async fn may_be_retried_for_others(tx: &mut ProjectTx, task: &Task) -> Result<bool> {
     let document = &task.document;
     let reason = document.result.as_ref().map(|result| result.reason);
     let was_stopped = matches!(reason, Some(EndReason::Killed | EndReason::Deadline));
-    if task.status() != Status::Failed
-        || was_stopped
-        || document.side_effects
-        || document.retries >= document.max_retries
-        || !super::can_be_taken_up(tx, task).await?
-    {
-        return Ok(false);
-    }
+    Ok(task.status() == Status::Failed
+        && !was_stopped
+        && !document.side_effects
+        && document.retries < document.max_retries
+        && super::can_be_taken_up(tx, task).await?)
+}
+
+/// Tries a failed task again because others wait for it. Where a gate stands before retries a person is asked.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn retry_for_others(tx: &mut ProjectTx, db: &ProjectDb, task: &mut Task) -> Result<()> {
+    let document = &task.document;
     let settings = db.settings().await?;
     let wrong = document.result.as_ref().map(|result| result.stderr.clone());
     let feedback = wrong.filter(|wrong| !wrong.is_empty());
@@ -173,14 +177,14 @@ pub async fn retry_for_others(tx: &mut ProjectTx, db: &ProjectDb, task: &mut Tas
     super::renew_deadline(tx, task).await?;
     if let Some(closed) = closed {
         task.document.feedback = feedback;
-        wait_for_person(tx, db, task, &closed, Hook::TaskRetry).await?;
-        return Ok(true);
+        return wait_for_person(tx, db, task, &closed, Hook::TaskRetry)
+            .await
+            .map(drop);
     }
     let fallback = fallback(db, task).await?;
     task.begin_retry(feedback, fallback)?;
     save(tx, db, task).await?;
-    super::owe(tx, task, NOW).await?;
-    Ok(true)
+    super::owe(tx, task, NOW).await
 }
 
 /// The task fails, for good, and its result says why: an agent that has finished is not work that is good.

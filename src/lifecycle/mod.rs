@@ -29,8 +29,9 @@ pub use approve::{
 pub use change::{TaskChange, update};
 pub use create::{NewTask, create};
 pub use finish::{
-    Aftermath, after_defect, after_failure, complete, escalate, hold_run, retry_for_others,
-    stop_at_deadline, stop_for_person, tell_run_ended, wait_for_person,
+    Aftermath, after_defect, after_failure, complete, escalate, hold_run,
+    may_be_retried_for_others, retry_for_others, stop_at_deadline, stop_for_person, tell_run_ended,
+    wait_for_person,
 };
 pub use operate::{delete, delete_all, force_fail, kill, pause, queue, reassess, retry, run};
 

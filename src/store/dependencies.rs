@@ -284,16 +284,21 @@ impl ProjectTx {
         if failed {
             return self.judge_blocked(waiting).await;
         }
+        // Of several needs one may be done and another have failed long ago: it was judged then, and is again.
         sqlx::query!(
             "insert into jobs (project_id, kind, subject, priority, ready, due_at, lease)
-            select t.project_id, 'task', t.id, (t.document ->> 'priority')::double precision, true, clock_timestamp(), nextval('leases')
+            select t.project_id, case when needs.hopeless then 'blocked' else 'task' end, t.id,
+                (t.document ->> 'priority')::double precision, true, clock_timestamp(), nextval('leases')
             from tasks t
-            where t.project_id = $1 and t.id = any($2) and not t.held
-              and not exists (
-                select from dependencies d
+            cross join lateral (
+                select coalesce(bool_or(n.status is null or n.status = 'failed'), false) as hopeless,
+                    coalesce(bool_or(n.status not in ('done', 'failed')), false) as waits
+                from dependencies d
                 left join tasks n on n.project_id = d.project_id and n.id = d.needs_id
-                where d.project_id = $1 and d.task_id = t.id and n.status is distinct from 'done'
-              )
+                where d.project_id = $1 and d.task_id = t.id
+            ) needs
+            where t.project_id = $1 and t.id = any($2) and not t.held and (needs.hopeless or not needs.waits)
+            order by t.id
             on conflict do nothing",
             self.db.project,
             &waiting

@@ -82,18 +82,26 @@ impl ProjectDb {
     /// # Errors
     /// When the database cannot be reached.
     pub async fn record_call(&self, task: Id<ids::Task>, usage: &CallUsage) -> Result<()> {
-        sqlx::query!(
-            "with last as (
-                select id from runs where project_id = $1 and task_id = $2 order by id desc limit 1 for no key update
-            )
-            insert into model_calls (project_id, run_id, number, id, model, prompt_tokens, completion_tokens,
-                                     cached_tokens, reasoning_tokens, estimated)
-            select $1, last.id, (
-                select coalesce(min(number), 0) from model_calls where project_id = $1 and run_id = last.id and number < 0
-            ) - 1, $3, $4, $5, $6, $7, $8, $9
-            from last",
+        let mut tx = self.pool.begin().await?;
+        // In a statement of its own: whoever has waited for the row must see what was recorded meanwhile.
+        let run = sqlx::query_scalar!(
+            "select id from runs where project_id = $1 and task_id = $2 order by id desc limit 1 for no key update",
             self.project,
-            task.uuid(),
+            task.uuid()
+        )
+        .fetch_optional(&mut *tx)
+        .await?;
+        let Some(run) = run else {
+            return Ok(tx.rollback().await?);
+        };
+        sqlx::query!(
+            "insert into model_calls (project_id, run_id, number, id, model, prompt_tokens, completion_tokens,
+                                     cached_tokens, reasoning_tokens, estimated)
+            select $1, $2, coalesce(min(number), 0) - 1, $3, $4, $5, $6, $7, $8, $9
+            from model_calls
+            where project_id = $1 and run_id = $2 and number < 0",
+            self.project,
+            run,
             Uuid::now_v7(),
             usage.model,
             token_column(usage.prompt_tokens),
@@ -102,9 +110,9 @@ impl ProjectDb {
             token_column(usage.reasoning_tokens),
             usage.estimated
         )
-        .execute(&self.pool)
+        .execute(&mut *tx)
         .await?;
-        Ok(())
+        Ok(tx.commit().await?)
     }
 
     /// A run.

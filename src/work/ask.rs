@@ -57,6 +57,30 @@ pub(super) struct Question<'a> {
 }
 
 impl Question<'_> {
+    /// What a model is sent for it, and the form that its answer must have.
+    fn request(&self, model: String, held: &Held) -> Result<(ModelRequest, OutputFormat)> {
+        let response_format = ResponseFormat::JsonSchema {
+            name: self.name.to_owned(),
+            description: None,
+            schema: self.schema.clone(),
+            strict: None,
+        };
+        let format =
+            OutputFormat::new(&response_format).map_err(|error| WorkError::Defect(error.into()))?;
+        let text = self.user.clone();
+        let content = vec![Part::Text { text }];
+        let request = ModelRequest {
+            model,
+            system: Some(self.system.clone()),
+            messages: vec![Message::User { content }],
+            response_format,
+            whole: true,
+            permit: Some(held.proof.clone()),
+            ..ModelRequest::default()
+        };
+        Ok((request, format))
+    }
+
     /// Tells it from any other question: the same text has the same, in every process.
     pub(super) fn fingerprint(&self) -> String {
         let hash = sha256(&format!("{}\n\n{}", self.system, self.user));
@@ -115,27 +139,7 @@ pub(super) async fn pose(held: &Held, question: Question<'_>) -> Result<Answer> 
         Ok(model) => model,
         Err(cause) => return Ok(Answer::none(cause)),
     };
-    let response_format = ResponseFormat::JsonSchema {
-        name: question.name.to_owned(),
-        description: None,
-        schema: question.schema,
-        strict: None,
-    };
-    let format =
-        OutputFormat::new(&response_format).map_err(|error| WorkError::Defect(error.into()))?;
-    let request = ModelRequest {
-        model,
-        system: Some(question.system),
-        messages: vec![Message::User {
-            content: vec![Part::Text {
-                text: question.user,
-            }],
-        }],
-        response_format,
-        whole: true,
-        permit: Some(held.proof.clone()),
-        ..ModelRequest::default()
-    };
+    let (request, format) = question.request(model, held)?;
     let course = Course::chat(format, Repair::Once);
     let mut turn = std::pin::pin!(agent::turn(provider, request, course, Arc::new(NoTools)));
     let mut text = String::new();
@@ -161,26 +165,24 @@ pub(super) async fn pose(held: &Held, question: Question<'_>) -> Result<Answer> 
                 text = without_nul(step.message.text().unwrap_or_default());
                 *used.get_or_insert_default() += step.usage;
             }
-            Some(Ok(_)) => {}
             Some(Err(TurnError::Provider(ProviderError::NotPermitted))) => {
                 return Err(WorkError::LeaseLost);
             }
-            Some(Err(error)) => {
-                let told = error.told();
-                tracing::warn!(
-                    project = %held.lease.db.project(), job = ?held.lease.job, model = name,
-                    "a {} has no answer: {told}", question.name
-                );
-                return Ok(Answer {
-                    text: Err(without_nul(&told)),
-                    usage: used.map(|used| call_usage(&name, used)),
-                });
-            }
-            None => {
-                return Ok(Answer {
-                    text: Ok(text),
-                    usage: used.map(|used| call_usage(&name, used)),
-                });
+            ended => {
+                let text = match ended {
+                    None => Ok(text),
+                    Some(Err(error)) => {
+                        let told = error.told();
+                        tracing::warn!(
+                            project = %held.lease.db.project(), job = ?held.lease.job, model = name,
+                            "a {} has no answer: {told}", question.name
+                        );
+                        Err(without_nul(&told))
+                    }
+                    Some(Ok(_)) => continue,
+                };
+                let usage = used.map(|used| call_usage(&name, used));
+                return Ok(Answer { text, usage });
             }
         }
     }

@@ -80,11 +80,23 @@ pub(super) async fn resolve(held: &Held, id: Id<ids::Task>) -> Result<()> {
             std::time::Duration::ZERO,
         )
         .await?;
+    } else if task.status() == Status::Pending && fails_more(&unmet, &failed) && verdict.is_ok() {
+        // What was asked about is not how it stands: it is asked again.
+        tx.enqueue(Job::Blocked(id), 1.0, std::time::Duration::ZERO)
+            .await?;
     } else if task.status() == Status::Pending && hopeless {
         act(held, &mut tx, &mut task, failed, &unmet, verdict).await?;
     }
     tx.commit().await?;
     Ok(())
+}
+
+/// Whether something has failed since that is not among those that were asked about.
+fn fails_more(unmet: &[Need], asked_about: &[Task]) -> bool {
+    let known = |need: &Need| asked_about.iter().any(|task| task.id == need.id);
+    unmet
+        .iter()
+        .any(|need| need.status == Some(Status::Failed) && !known(need))
 }
 
 /// The task, and what it needs that has failed, all held in the order of their ids.
@@ -211,7 +223,7 @@ async fn act(
             reason,
             ..
         }) => {
-            if retry(held, tx, needs).await? {
+            if retry(held, tx, needs, &failed).await? {
                 let told =
                     json!({"failedDepId": failed.first(), "action": "retry", "reason": reason});
                 task.tell("deadlock:resolved", told);
@@ -233,11 +245,24 @@ async fn act(
     Ok(lifecycle::save(tx, db, task).await?)
 }
 
-/// Tries the failed ones again, as far as they may be.
-async fn retry(held: &Held, tx: &mut ProjectTx, failed: Vec<Task>) -> Result<bool> {
-    let mut any = false;
-    for mut task in failed {
-        any |= lifecycle::retry_for_others(tx, &held.lease.db, &mut task).await?;
+/// Tries again what has failed, if all of it may be: one that stays failed would keep the task from its work all the same.
+async fn retry(
+    held: &Held,
+    tx: &mut ProjectTx,
+    mut needs: Vec<Task>,
+    failed: &[Id<ids::Task>],
+) -> Result<bool> {
+    needs.retain(|need| failed.contains(&need.id));
+    if needs.len() < failed.len() {
+        return Ok(false);
     }
-    Ok(any)
+    for need in &needs {
+        if !lifecycle::may_be_retried_for_others(tx, need).await? {
+            return Ok(false);
+        }
+    }
+    for need in &mut needs {
+        lifecycle::retry_for_others(tx, &held.lease.db, need).await?;
+    }
+    Ok(true)
 }

@@ -89,6 +89,14 @@ impl Ending {
         }
     }
 
+    /// The same, unless nothing came of the run: neither a word nor a deed is no work.
+    pub(super) fn unless_empty(self, answer: &str, tool_calls: usize) -> Self {
+        if self.is_success() && tool_calls == 0 && answer.trim().is_empty() {
+            return Self::error("The model's answer was empty.".to_owned());
+        }
+        self
+    }
+
     fn is_success(&self) -> bool {
         self.reason == EndReason::Finished
     }

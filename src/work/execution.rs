@@ -82,7 +82,9 @@ pub(super) async fn execute(
     let events = agent::turn(model.provider, request, course, toolbox);
     let recorder = &mut conclusion.recorder;
     match follow(held, recorder, &task, &settings, events, started_at).await? {
-        Followed::Ended(ending) => conclusion.ending = ending,
+        Followed::Ended(ending) => {
+            conclusion.ending = ending.unless_empty(&recorder.answer, recorder.tool_calls);
+        }
         Followed::HandedOver => return Ok(None),
     }
     if conclusion.ending.reason == EndReason::MaxTurns {

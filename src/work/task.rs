@@ -14,7 +14,7 @@ use crate::lifecycle::{self, Aftermath};
 use crate::llm::Provider;
 use crate::store::{AgentRow, Job, Need, ProjectDb, ProjectTx, StoreError};
 use crate::task::{
-    Bypass, EndReason, Gate, Hook, Phase, Settings, Status, Task, TaskResult, backoff,
+    Bypass, Closed, EndReason, Gate, Hook, Phase, Settings, Status, Task, TaskResult, backoff,
 };
 
 /// Takes a task as far as it goes.
@@ -124,6 +124,7 @@ async fn recover(held: &Held, tx: &mut ProjectTx, task: &mut Task) -> Result<()>
     Ok(())
 }
 
+/// Has a task begin, or go on to its review, unless something keeps it from that; its job is settled then.
 async fn start(
     held: &Held,
     tx: &mut ProjectTx,
@@ -135,43 +136,13 @@ async fn start(
         tx.complete(&held.lease).await?;
         return Ok(Next::Nothing);
     }
-    if rests_in_mission(held, tx, &task).await? {
+    if rests_in_mission(held, tx, &task).await? || waits_for_needs(held, tx, &task).await? {
         let_others(tx, db, &mut task).await?;
         return Ok(Next::Nothing);
     }
-    if !task.document.depends_on.is_empty() {
-        let mut unmet = tx.unmet_needs(task.id).await?;
-        if let Some(place) = task.mission.filter(|_| !unmet.is_empty()) {
-            // The same of what it needs.
-            tx.lock_mission_run(place).await?;
-            unmet = tx.unmet_needs(task.id).await?;
-        }
-        if !unmet.is_empty() {
-            if unmet.iter().any(Need::is_hopeless) {
-                tx.enqueue(Job::Blocked(task.id), 1.0, Duration::ZERO)
-                    .await?;
-            }
-            tx.complete(&held.lease).await?;
-            let_others(tx, db, &mut task).await?;
-            return Ok(Next::Nothing);
-        }
-    }
     // Only the judgement was held up: the work is there.
     if task.document.phase == Some(Phase::Review) && task.run.is_some() {
-        if task.status() == Status::Pending {
-            illegal(task.go(Status::Assigned))?;
-        }
-        illegal(task.go(Status::InProgress))?;
-        // There may be another gate behind the one that let it through.
-        if let Some(closed) = gate_before_review(settings, &task) {
-            let hook = Hook::AssessmentRun;
-            lifecycle::wait_for_person(tx, db, &mut task, &closed, hook).await?;
-            tx.complete(&held.lease).await?;
-            return Ok(Next::Nothing);
-        }
-        illegal(task.go(Status::Review))?;
-        lifecycle::save(tx, db, &mut task).await?;
-        return Ok(Next::Review(Box::new(task)));
+        return resume_review(held, tx, task, settings).await;
     }
     let agent = match agent_with_model(held, &task, settings).await? {
         Ok((agent, _)) => agent,
@@ -191,18 +162,10 @@ async fn start(
         }
         return Ok(Next::Nothing);
     }
-    // Whoever was let through another gate is asked about at these all the same.
-    let (gates, nothing) = (&settings.approval_gates, json!({}));
-    for step in [
-        (Status::Pending, Status::Assigned),
-        (Status::Assigned, Status::InProgress),
-    ] {
-        let hooks = [Hook::TaskSpawn, Hook::TaskTransition];
-        if let Some(closed) = Gate::closed_at_step(gates, &hooks, &task, step, &nothing) {
-            lifecycle::wait_for_person(tx, db, &mut task, &closed, Hook::TaskSpawn).await?;
-            tx.complete(&held.lease).await?;
-            return Ok(Next::Nothing);
-        }
+    if let Some(closed) = gate_before_begin(settings, &task) {
+        lifecycle::wait_for_person(tx, db, &mut task, &closed, Hook::TaskSpawn).await?;
+        tx.complete(&held.lease).await?;
+        return Ok(Next::Nothing);
     }
     if task.status() == Status::Pending {
         illegal(task.go(Status::Assigned))?;
@@ -210,6 +173,63 @@ async fn start(
     let begun = spawn(tx, &mut task, &agent).await?;
     lifecycle::save(tx, db, &mut task).await?;
     Ok(Next::Execute(Box::new(task), begun))
+}
+
+/// Whether a task cannot begin before what it needs. It is judged if that cannot come any more.
+async fn waits_for_needs(held: &Held, tx: &mut ProjectTx, task: &Task) -> Result<bool> {
+    if task.document.depends_on.is_empty() {
+        return Ok(false);
+    }
+    let mut unmet = tx.unmet_needs(task.id).await?;
+    if let Some(place) = task.mission.filter(|_| !unmet.is_empty()) {
+        // Asked again under the run's lock, as what holds it back is.
+        tx.lock_mission_run(place).await?;
+        unmet = tx.unmet_needs(task.id).await?;
+    }
+    if unmet.is_empty() {
+        return Ok(false);
+    }
+    if unmet.iter().any(Need::is_hopeless) {
+        tx.enqueue(Job::Blocked(task.id), 1.0, Duration::ZERO)
+            .await?;
+    }
+    tx.complete(&held.lease).await?;
+    Ok(true)
+}
+
+/// Takes finished work on to its review, past whatever gate is behind the one that let it through.
+async fn resume_review(
+    held: &Held,
+    tx: &mut ProjectTx,
+    mut task: Task,
+    settings: &Settings,
+) -> Result<Next> {
+    let db = &held.lease.db;
+    if task.status() == Status::Pending {
+        illegal(task.go(Status::Assigned))?;
+    }
+    illegal(task.go(Status::InProgress))?;
+    if let Some(closed) = gate_before_review(settings, &task) {
+        let hook = Hook::AssessmentRun;
+        lifecycle::wait_for_person(tx, db, &mut task, &closed, hook).await?;
+        tx.complete(&held.lease).await?;
+        return Ok(Next::Nothing);
+    }
+    illegal(task.go(Status::Review))?;
+    lifecycle::save(tx, db, &mut task).await?;
+    Ok(Next::Review(Box::new(task)))
+}
+
+/// The gate before an agent begins, if one stands there. Whoever was let through another gate is asked about at these all the same.
+fn gate_before_begin(settings: &Settings, task: &Task) -> Option<Closed> {
+    let hooks = [Hook::TaskSpawn, Hook::TaskTransition];
+    let steps = [
+        (Status::Pending, Status::Assigned),
+        (Status::Assigned, Status::InProgress),
+    ];
+    let gates = &settings.approval_gates;
+    let closed = |step| Gate::closed_at_step(gates, &hooks, task, step, &json!({}));
+    steps.into_iter().find_map(closed)
 }
 
 /// Whether a task of a mission cannot begin: something holds it back, or the mission is paused. Its job is settled then.

@@ -353,6 +353,7 @@ async fn no_level_of_an_escalation_acts_once_a_person_is_asked_or_has_answered()
         (None, "approve"),
         (Some(60_000), "approve"),
         (Some(60_000), "reject"),
+        (Some(60_000), "patch"),
     ] {
         let app = with_gates(json!([])).await;
         let levels = json!([
@@ -371,6 +372,12 @@ async fn no_level_of_an_escalation_acts_once_a_person_is_asked_or_has_answered()
             .unwrap();
         assert_eq!(owed, i64::from(time.is_some()));
         app.upstream.answers(|_| Reply::Hang(vec![]));
+        if deed == "patch" {
+            let pending = json!({"status": "pending"});
+            answer(app.patch(&format!("/v1/tasks/{id}"), pending)).await;
+            assert_eq!(app.owed("escalation").await, 0);
+            continue;
+        }
         let (status, body) = decide(&app, &request, deed, json!({"feedback": "better"})).await;
         assert_eq!(status, 200, "{body}");
         let owed: i64 = sqlx::query_scalar(timers)

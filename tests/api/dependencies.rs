@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use sqlx::{Connection, PgConnection};
 
 use crate::harness::{Reply, TestApp, answer, eventually, last_text, said};
 use crate::tasks::{names, start};
@@ -265,4 +266,80 @@ async fn nobody_judges_a_task_that_is_paused() {
     assert_eq!(app.read(&second).await["status"], "pending");
     answer(app.post(&format!("/v1/tasks/{second}/run"), json!({}))).await;
     app.until(&second, "done").await;
+}
+
+#[tokio::test]
+async fn of_two_failed_needs_both_are_tried_again_or_none() {
+    for (first_retries, expected) in [(0, "failed"), (1, "done")] {
+        let app = with_verdict("retry").await;
+        let mut needs = Vec::new();
+        for title in ["one", "two"] {
+            let task = json!({"description": "Do first", "maxRetries": 0});
+            let id = app.task(title, task).await;
+            app.until(&id, "failed").await;
+            needs.push(id);
+        }
+        for (id, retries) in needs.iter().zip([first_retries, 1]) {
+            let path = format!("/v1/tasks/{id}");
+            answer(app.patch(&path, json!({"maxRetries": retries}))).await;
+        }
+        let id = app.task("third", json!({"dependsOn": needs})).await;
+        app.until(&id, expected).await;
+        let second = app.read(&needs[1]).await;
+        assert_eq!(second["retries"], first_retries, "{second}");
+    }
+}
+
+#[tokio::test]
+async fn a_need_that_is_done_leaves_nobody_waiting_for_one_that_has_failed() {
+    let app = with_verdict("fail").await;
+    let failed = app
+        .task(
+            "failed",
+            json!({"description": "Do first", "maxRetries": 0}),
+        )
+        .await;
+    app.until(&failed, "failed").await;
+    let other = app.task("other", json!({"draft": true})).await;
+    let id = app
+        .task("third", json!({"dependsOn": [failed, other]}))
+        .await;
+    app.until(&id, "failed").await;
+    // As if the verdict had been lost, or had let only one of two failed needs go on.
+    app.sql(format!(
+        "update production.tasks set status = 'pending' where id = '{}'",
+        uuid::Uuid::parse_str(id.trim_start_matches("task_")).unwrap()
+    ))
+    .await;
+    answer(app.post(&format!("/v1/tasks/{other}/queue"), json!({}))).await;
+    app.until(&other, "done").await;
+    app.until(&id, "failed").await;
+}
+
+#[tokio::test]
+async fn many_verdicts_on_what_needs_one_task_are_all_recorded() {
+    const MANY: usize = 12;
+    let app = with_verdict("fail").await;
+    let first = app
+        .task("first", json!({"draft": true, "maxRetries": 0}))
+        .await;
+    let mut others = Vec::new();
+    for number in 0..MANY {
+        let needs = json!({"dependsOn": [first]});
+        others.push(app.task(&format!("other {number}"), needs).await);
+    }
+    answer(app.post(&format!("/v1/tasks/{first}/queue"), json!({}))).await;
+    for id in others {
+        app.until(&id, "failed").await;
+    }
+    let asked = app.upstream.asked();
+    let verdicts = asked.iter().filter(|asked| asked["model"] == "decider");
+    assert_eq!(verdicts.count(), MANY);
+    let mut database = PgConnection::connect(&app.database_url).await.unwrap();
+    let recorded: i64 =
+        sqlx::query_scalar("select count(*) from production.model_calls where number < 0")
+            .fetch_one(&mut database)
+            .await
+            .unwrap();
+    assert_eq!(usize::try_from(recorded), Ok(MANY));
 }

@@ -1777,3 +1777,23 @@ async fn outcomes_of_one_label_may_be_of_several_kinds() {
     let told = last_text(&app.upstream.asked()[1], "tool");
     assert!(told.contains("`text` or `url`"), "{told}");
 }
+
+#[tokio::test]
+async fn a_run_without_a_word_or_a_deed_is_no_success() {
+    let app = start().await;
+    app.upstream.will_say(" ");
+    app.upstream.will_say("");
+    let id = app.task("work", json!({"maxRetries": 1})).await;
+    let result = app.until(&id, "failed").await["result"].clone();
+    assert_eq!(
+        (&result["reason"], &result["cause"]),
+        (&json!("error"), &json!("The model's answer was empty."))
+    );
+    // What was done with tools needs no words.
+    app.upstream.answers(|request| match results(request) {
+        0 => Reply::Stream(called(&[("c", "memory_append", &[r#"{"content":"x"}"#])])),
+        _ => Reply::Stream(said("")),
+    });
+    answer(app.post(&format!("/v1/tasks/{id}/retry"), json!({}))).await;
+    app.until(&id, "done").await;
+}

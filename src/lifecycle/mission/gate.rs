@@ -331,10 +331,10 @@ async fn try_expire(
         tx.commit().await?;
         return Ok(());
     }
-    tx.complete(lease).await?;
     let answered = tx
         .resolve_approval(asked.id, "timeout", "timeout", refused.as_deref())
         .await?;
+    tx.complete(lease).await?;
     let Some(row) = answered else {
         tx.commit().await?;
         return Ok(());
