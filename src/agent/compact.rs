@@ -69,6 +69,9 @@ impl Compactor {
         if possible {
             self.insisted = true;
             self.window = Some(tokens(request));
+            // Whatever was of no use before is tried again.
+            self.given_up_at = 0;
+            self.silent_below = 0;
         }
         possible
     }
@@ -505,8 +508,16 @@ mod tests {
         let shortened = compactor.shorten(&Refusing, &mut request).await;
         assert_eq!(shortened.unwrap(), None);
         assert_eq!(request.messages, before);
-        // It is not asked for again as soon as the conversation has grown a little.
+        // It is not asked for again as soon as the conversation has grown a little, unless the provider insists.
         request.messages.push(Message::User { content: vec![] });
+        let mut insisting = Compactor {
+            window: Some(8_000),
+            silent_below: u64::MAX,
+            ..Compactor::new(None)
+        };
+        assert!(insisting.insist(&request));
+        let shortened = insisting.shorten(&Echo, &mut request.clone()).await;
+        assert!(shortened.unwrap().unwrap().summary.is_some());
         let shortened = compactor.shorten(&Echo, &mut request).await;
         assert_eq!(shortened.unwrap(), None);
         let grown = conversation(40, 300).messages;

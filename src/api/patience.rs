@@ -30,43 +30,75 @@ pub async fn bound(
         return Ok(next.run(request).await);
     }
     let patience = app.config.database_patience();
-    let heard = Heard::default();
+    let (began, body) = (Instant::now(), Incoming::default());
     let request = match *request.method() {
         Method::GET | Method::HEAD => request,
-        _ => request.map(|body| heard.listen(body)),
+        _ => request.map(|whole| body.watch(whole)),
     };
     let mut answer = std::pin::pin!(next.run(request));
     loop {
-        match tokio::time::timeout_at(heard.last() + patience, &mut answer).await {
+        // A slow caller is no slow database, but does not hold us up for ever.
+        let since = body.last().unwrap_or(began).min(began + LONGEST_BODY);
+        match tokio::time::timeout_at(since + patience, &mut answer).await {
             Ok(response) => return Ok(response),
-            Err(_) if heard.last() + patience > Instant::now() => {}
+            Err(_)
+                if body.last().is_some_and(|last| last > since) && since < began + LONGEST_BODY => {
+            }
+            Err(_) if body.is_under_way() => return Err(too_slow()),
             Err(_late) => return Err(late(patience)),
         }
     }
 }
 
-/// When the last of a request's body came in: a slow caller is no slow database.
-#[derive(Debug, Clone)]
-struct Heard(Arc<Mutex<Instant>>);
+/// How long a body may take to come in.
+const LONGEST_BODY: Duration = Duration::from_secs(600);
 
-impl Default for Heard {
-    fn default() -> Self {
-        Self(Arc::new(Mutex::new(Instant::now())))
+/// What is known of a request's body.
+#[derive(Debug, Clone, Default)]
+struct Incoming(Arc<Mutex<Progress>>);
+
+#[derive(Debug, Default)]
+struct Progress {
+    /// When the last of it came.
+    last: Option<Instant>,
+    /// Whether someone reads it, and there is more to come.
+    under_way: bool,
+}
+
+impl Incoming {
+    const POISONED: &str = "nothing panics while it holds a time";
+
+    fn last(&self) -> Option<Instant> {
+        self.0.lock().expect(Self::POISONED).last
+    }
+
+    fn is_under_way(&self) -> bool {
+        self.0.lock().expect(Self::POISONED).under_way
+    }
+
+    fn note(&self, under_way: bool) {
+        let last = Some(Instant::now());
+        *self.0.lock().expect(Self::POISONED) = Progress { last, under_way };
+    }
+
+    fn watch(&self, body: Body) -> Body {
+        let incoming = self.clone();
+        let mut pieces = body.into_data_stream();
+        Body::from_stream(async_stream::stream! {
+            incoming.note(true);
+            while let Some(piece) = pieces.next().await {
+                incoming.note(true);
+                yield piece;
+            }
+            incoming.note(false);
+        })
     }
 }
 
-impl Heard {
-    const POISONED: &str = "nothing panics while it holds a time";
-
-    fn last(&self) -> Instant {
-        *self.0.lock().expect(Self::POISONED)
-    }
-
-    fn listen(&self, body: Body) -> Body {
-        let heard = self.clone();
-        Body::from_stream(body.into_data_stream().inspect(move |_| {
-            *heard.0.lock().expect(Self::POISONED) = Instant::now();
-        }))
+fn too_slow() -> ApiError {
+    ApiError::BadRequest {
+        message: "The body did not come in time. Send it faster, or in smaller parts.".to_owned(),
+        param: None,
     }
 }
 

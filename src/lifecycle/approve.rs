@@ -145,20 +145,12 @@ async fn go_on(
     if row.hook == Hook::QualitySla.as_str() {
         return go_on_overdue(tx, db, task).await;
     }
-    // An attempt that has not begun is not another one, and work whose judgement was held up is not done again; a blocked retry waits for its turn
-    // like any.
-    let goes_on = [
-        Hook::TaskCreate,
-        Hook::TaskSpawn,
-        Hook::AssessmentRun,
-        Hook::AssessmentComplete,
-    ];
-    let goes_on = goes_on.iter().any(|hook| hook.as_str() == row.hook);
+    // A blocked retry waits for its turn like any.
     if is_retry(row) {
         let feedback = task.document.feedback.take();
         let fallback = fallback(db, task).await?;
         task.begin_retry(feedback, fallback)?;
-    } else if !goes_on {
+    } else if !attempt_goes_on(Hook::of(&row.hook)) {
         let feedback = task.document.feedback.take();
         let gates = std::mem::take(&mut task.document.passed_gates);
         task.begin_again(Phase::Execution, feedback, "retry");
@@ -173,6 +165,21 @@ async fn go_on(
     }
     owe(tx, task, NOW).await?;
     save(tx, db, task).await
+}
+
+/// Whether the attempt that was stopped before a hook goes on from there: one that has not begun is not another one, an overdue one goes on as it was,
+/// and work whose judgement was held up is not done again.
+pub(super) fn attempt_goes_on(hook: Option<Hook>) -> bool {
+    matches!(
+        hook,
+        Some(
+            Hook::TaskCreate
+                | Hook::TaskSpawn
+                | Hook::QualitySla
+                | Hook::AssessmentRun
+                | Hook::AssessmentComplete
+        )
+    )
 }
 
 /// The next gate at the same hook, where nobody else asks there again: whoever takes a task up asks before it begins and before it is judged.

@@ -1,13 +1,15 @@
 //! A change to a task's fields, and the steps of its machine that people can take by hand (contract 2.6.6, PATCH).
 
 use chrono::{DateTime, Utc};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
-use super::approve::withdraw;
-use super::create::taken;
+use super::approve::{attempt_goes_on, withdraw};
 use super::finish::end_abruptly;
-use super::operate::{begin_retry_by_hand, is_held_back, owe_if_ready, submit, wrong_state};
-use super::{LifecycleError, NOW, Result, locked, next_look, owe, save};
+use super::operate::{
+    begin_retry_by_hand, is_held_back, owe_if_ready, save_unless_taken, submit, wrong_state,
+};
+use super::{LifecycleError, NOW, Result, locked, next_look, owe};
+use crate::event::timestamp;
 use crate::ids::{self, Id};
 use crate::store::{Job, ProjectDb, ProjectTx, RunStatus, StoreError};
 use crate::task::{
@@ -49,9 +51,18 @@ pub struct TaskChange {
 ///
 /// # Errors
 /// 409 for a step that the machine does not have, and for new expectations while the task is worked on; an unknown agent.
-pub async fn update(db: &ProjectDb, id: Id<ids::Task>, change: TaskChange) -> Result<Task> {
+pub async fn update(db: &ProjectDb, id: Id<ids::Task>, mut change: TaskChange) -> Result<Task> {
     let mut tx = db.begin();
     let mut task = locked(&mut tx, id).await?;
+    // Who sends back what was read changes nothing of it: no verdict is lost, and nothing is told again.
+    let document = &task.document;
+    change.expectations = change
+        .expectations
+        .filter(|given| *given != document.expectations);
+    let shown = |deadline: Option<DateTime<Utc>>| deadline.map(timestamp);
+    change.deadline = change
+        .deadline
+        .filter(|given| shown(*given) != shown(document.deadline));
     let requeues = change.assign_to.is_some() || change.priority.is_some();
     if let Some(agent) = &change.assign_to {
         give_to(&mut tx, db, &mut task, agent).await?;
@@ -76,11 +87,7 @@ pub async fn update(db: &ProjectDb, id: Id<ids::Task>, change: TaskChange) -> Re
         tx.requeue_task(task.id, task.document.priority).await?;
     }
     task.tell_updated();
-    let title = task.title.clone();
-    match save(&mut tx, db, &mut task).await {
-        Err(LifecycleError::Store(error)) => return Err(taken(error, &title)),
-        result => result?,
-    }
+    save_unless_taken(&mut tx, db, &mut task).await?;
     tx.commit().await?;
     Ok(task)
 }
@@ -215,8 +222,8 @@ async fn step(tx: &mut ProjectTx, db: &ProjectDb, task: &mut Task, to: Status) -
     }
 }
 
-/// Takes a task past whoever is asked about it, by hand. An attempt that has not begun is not another one, and an overdue task goes on as it was;
-/// work whose judgement was held up is judged, unless it is sent back. All else is done anew.
+/// Takes a task from whoever is asked about it, by hand. What goes on as it was goes past the gate if it is assigned; what is done anew is asked
+/// about anew.
 async fn leave_gate(tx: &mut ProjectTx, task: &mut Task, to: Status) -> Result<()> {
     if task.status() != Status::AwaitingApproval {
         return Ok(());
@@ -227,19 +234,18 @@ async fn leave_gate(tx: &mut ProjectTx, task: &mut Task, to: Status) -> Result<(
     if gate == Gate::ESCALATION {
         // A person has acted: no other level does.
         tx.call_off(Job::Escalation(task.id)).await?;
+        let told = json!({"level": task.document.escalation_level, "action": to});
+        task.tell("escalation:resolved", told);
     }
-    let goes_on = match Hook::of(&hook) {
-        Some(Hook::TaskCreate | Hook::TaskSpawn | Hook::QualitySla) => true,
-        Some(Hook::AssessmentRun | Hook::AssessmentComplete) => to == Status::Assigned,
-        _ => false,
-    };
-    if !goes_on {
-        let feedback = task.document.feedback.take();
-        task.begin_again(Phase::Execution, feedback, "retry");
+    let hook = Hook::of(&hook);
+    let judged = matches!(hook, Some(Hook::AssessmentRun | Hook::AssessmentComplete));
+    if attempt_goes_on(hook) && (to == Status::Assigned || !judged) {
+        if to == Status::Assigned {
+            task.document.passed_gates.push(gate);
+        }
+        return Ok(());
     }
-    if to == Status::Assigned {
-        // As if it had been opened.
-        task.document.passed_gates.push(gate);
-    }
+    let feedback = task.document.feedback.take();
+    task.begin_again(Phase::Execution, feedback, "retry");
     Ok(())
 }

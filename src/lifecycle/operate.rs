@@ -176,13 +176,21 @@ pub async fn retry(db: &ProjectDb, id: Id<ids::Task>) -> Result<Task> {
         return Err(wrong_state(&task, "retried; only a failed one can"));
     }
     begin_retry_by_hand(&mut tx, &mut task).await?;
-    let title = task.title.clone();
-    match save(&mut tx, db, &mut task).await {
-        Err(LifecycleError::Store(error)) => return Err(taken(error, &title)),
-        result => result?,
-    }
+    save_unless_taken(&mut tx, db, &mut task).await?;
     tx.commit().await?;
     Ok(task)
+}
+
+/// Stores a task that may have been taken up again: 409 where another has its title by now.
+pub(super) async fn save_unless_taken(
+    tx: &mut ProjectTx,
+    db: &ProjectDb,
+    task: &mut Task,
+) -> Result<()> {
+    match save(tx, db, task).await {
+        Err(LifecycleError::Store(error)) => Err(taken(error, &task.title)),
+        result => result,
+    }
 }
 
 /// Takes a failed task up again, whatever its limit. It must be stored after this.

@@ -19,6 +19,14 @@ pub struct Need {
 }
 
 impl Need {
+    fn new(id: Uuid, status: Option<&str>, title: Option<String>) -> Self {
+        Self {
+            id: id.into(),
+            status: status.and_then(Status::of),
+            title,
+        }
+    }
+
     /// Whether it can only be done if someone does something about it: it has failed, or is not there any more.
     pub fn is_hopeless(&self) -> bool {
         matches!(self.status, None | Some(Status::Failed))
@@ -64,11 +72,7 @@ impl ProjectDb {
         .await?;
         Ok(rows
             .into_iter()
-            .map(|row| Need {
-                id: row.needs_id.into(),
-                status: row.status.as_deref().and_then(Status::of),
-                title: row.title,
-            })
+            .map(|row| Need::new(row.needs_id, row.status.as_deref(), row.title))
             .collect())
     }
 
@@ -241,11 +245,7 @@ impl ProjectTx {
         .await?;
         Ok(rows
             .into_iter()
-            .map(|row| Need {
-                id: row.needs_id.into(),
-                status: row.status.as_deref().and_then(Status::of),
-                title: row.title,
-            })
+            .map(|row| Need::new(row.needs_id, row.status.as_deref(), row.title))
             .collect())
     }
 
@@ -276,7 +276,7 @@ impl ProjectTx {
         self.judge_blocked(waiting).await
     }
 
-    /// The same of those that are known, and held; what they need has failed, or is done.
+    /// Owes those that wait, and are held, what they can have once something that they need has failed or is done.
     pub(super) async fn wake_waiting(&mut self, failed: bool, waiting: Vec<Uuid>) -> Result<()> {
         if waiting.is_empty() {
             return Ok(());
@@ -288,7 +288,7 @@ impl ProjectTx {
         sqlx::query!(
             "insert into jobs (project_id, kind, subject, priority, ready, due_at, lease)
             select t.project_id, case when needs.hopeless then 'blocked' else 'task' end, t.id,
-                (t.document ->> 'priority')::double precision, true, clock_timestamp(), nextval('leases')
+                case when needs.hopeless then 1 else (t.document ->> 'priority')::double precision end, true, clock_timestamp(), nextval('leases')
             from tasks t
             cross join lateral (
                 select coalesce(bool_or(n.status is null or n.status = 'failed'), false) as hopeless,

@@ -1,4 +1,4 @@
-//! Runs of missions, and the tasks of a run.
+//! Runs of missions.
 //!
 //! A run's row is the lock under which it is decided what becomes of the run: whoever ends a task of it, lifts a barrier
 //! or ends the run holds it until the commit. Under it, what is asked of the run's other tasks is true.

@@ -1,4 +1,4 @@
-//! Tasks, and what must be done before them.
+//! Tasks.
 
 use chrono::{DateTime, Utc};
 use serde_json::Value;

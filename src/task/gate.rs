@@ -16,7 +16,8 @@ pub enum Hook {
     /// Before an agent begins.
     #[serde(rename = "task:spawn", alias = "task:assign")]
     TaskSpawn,
-    /// Before the engine has a task assigned, begun, reviewed, done, tried again or failed: `data.from` and `data.to` say which.
+    /// Before the engine has a task assigned, begun, reviewed or done, and, where an attempt did not succeed, before it is tried again or fails for
+    /// good: `data.from` and `data.to` say which.
     #[serde(rename = "task:transition")]
     TaskTransition,
     /// Before a task is done.

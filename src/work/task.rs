@@ -163,9 +163,7 @@ async fn start(
         return Ok(Next::Nothing);
     }
     if let Some(closed) = gate_before_begin(settings, &task) {
-        lifecycle::wait_for_person(tx, db, &mut task, &closed, Hook::TaskSpawn).await?;
-        tx.complete(&held.lease).await?;
-        return Ok(Next::Nothing);
+        return stop_at(held, tx, &mut task, &closed, Hook::TaskSpawn).await;
     }
     if task.status() == Status::Pending {
         illegal(task.go(Status::Assigned))?;
@@ -210,14 +208,24 @@ async fn resume_review(
     }
     illegal(task.go(Status::InProgress))?;
     if let Some(closed) = gate_before_review(settings, &task) {
-        let hook = Hook::AssessmentRun;
-        lifecycle::wait_for_person(tx, db, &mut task, &closed, hook).await?;
-        tx.complete(&held.lease).await?;
-        return Ok(Next::Nothing);
+        return stop_at(held, tx, &mut task, &closed, Hook::AssessmentRun).await;
     }
     illegal(task.go(Status::Review))?;
     lifecycle::save(tx, db, &mut task).await?;
     Ok(Next::Review(Box::new(task)))
+}
+
+/// Has a task wait for a person; its job is settled.
+async fn stop_at(
+    held: &Held,
+    tx: &mut ProjectTx,
+    task: &mut Task,
+    closed: &Closed,
+    hook: Hook,
+) -> Result<Next> {
+    lifecycle::wait_for_person(tx, &held.lease.db, task, closed, hook).await?;
+    tx.complete(&held.lease).await?;
+    Ok(Next::Nothing)
 }
 
 /// The gate before an agent begins, if one stands there. Whoever was let through another gate is asked about at these all the same.

@@ -546,11 +546,11 @@ async fn of_two_gates_before_a_review_each_is_asked_about() {
 
 #[tokio::test]
 async fn a_task_that_is_taken_past_its_gate_by_hand_works_anew_where_it_had_failed() {
-    for (hook, status, title) in [
-        ("task:retry", "pending", "break"),
-        ("task:fail", "assigned", "break"),
-        ("task:complete", "assigned", "work"),
-        ("task:spawn", "assigned", "work"),
+    for (hook, status, title, again) in [
+        ("task:retry", "pending", "break", 0),
+        ("task:fail", "assigned", "break", 0),
+        ("task:complete", "assigned", "work", 1),
+        ("task:spawn", "assigned", "work", 0),
     ] {
         let app = with_gates(json!([gate(hook, json!({}))])).await;
         let retries = i32::from(hook == "task:retry");
@@ -561,13 +561,45 @@ async fn a_task_that_is_taken_past_its_gate_by_hand_works_anew_where_it_had_fail
         let step = app.patch(&format!("/v1/tasks/{id}"), json!({"status": status}));
         let (answered, body) = answer(step).await;
         assert_eq!(answered, 200, "{hook}: {body}");
+        if again > 0 {
+            // Nobody has seen what was done since.
+            eventually("it was done anew", async || {
+                app.upstream.asked().len() > asked
+            })
+            .await;
+            let request = waiting(&app, &id).await;
+            decide(&app, &request, "approve", json!({})).await;
+        }
         app.until(&id, "done").await;
         // From its beginning: nothing of the run before is in the conversation.
         let asked = &app.upstream.asked()[asked..];
         assert_eq!(asked.len(), 1, "{hook}");
         assert_eq!(asked[0]["messages"].as_array().unwrap().len(), 2, "{hook}");
-        assert_eq!(app.events("approval:requested").await.len(), 1, "{hook}");
+        let requested = app.events("approval:requested").await.len();
+        assert_eq!(requested, 1 + again, "{hook}");
     }
+}
+
+#[tokio::test]
+async fn work_on_the_outside_world_is_asked_about_whoever_has_it_done_anew() {
+    let app = with_gates(json!([])).await;
+    let id = app.task("work", json!({"sideEffects": true})).await;
+    waiting(&app, &id).await;
+    let assigned = app.patch(&format!("/v1/tasks/{id}"), json!({"status": "assigned"}));
+    assert_eq!(answer(assigned).await.0, 200);
+    eventually("it was done anew", async || app.upstream.asked().len() == 2).await;
+    waiting(&app, &id).await;
+    // And a second failure is asked about like the first.
+    let app = with_gates(json!([gate("task:retry", json!({}))])).await;
+    let id = app.task("break", json!({"maxRetries": 2})).await;
+    waiting(&app, &id).await;
+    let assigned = app.patch(&format!("/v1/tasks/{id}"), json!({"status": "assigned"}));
+    assert_eq!(answer(assigned).await.0, 200);
+    eventually("it was tried again", async || {
+        app.upstream.asked().len() == 2
+    })
+    .await;
+    waiting(&app, &id).await;
 }
 
 #[tokio::test]

@@ -343,3 +343,34 @@ async fn many_verdicts_on_what_needs_one_task_are_all_recorded() {
             .unwrap();
     assert_eq!(usize::try_from(recorded), Ok(MANY));
 }
+
+#[tokio::test]
+async fn two_failed_needs_of_one_title_are_not_tried_again_together() {
+    let app = with_verdict("retry").await;
+    let mut needs = Vec::new();
+    for _ in 0..2 {
+        let task = json!({"description": "Do first", "maxRetries": 0});
+        let id = app.task("build", task).await;
+        app.until(&id, "failed").await;
+        needs.push(id);
+    }
+    for id in &needs {
+        let path = format!("/v1/tasks/{id}");
+        answer(app.patch(&path, json!({"maxRetries": 1}))).await;
+    }
+    let id = app.task("third", json!({"dependsOn": needs})).await;
+    let failed = app.until(&id, "failed").await;
+    let cause = failed["result"]["cause"].as_str().unwrap();
+    assert!(cause.contains("cannot be tried again"), "{cause}");
+    let asked = app.upstream.asked();
+    let verdicts: Vec<&Value> = asked
+        .iter()
+        .filter(|asked| asked["model"] == "decider")
+        .collect();
+    assert_eq!(verdicts.len(), 1);
+    // Whoever decides reads of both.
+    assert_eq!(
+        last_text(verdicts[0], "user").matches("<failed>").count(),
+        2
+    );
+}

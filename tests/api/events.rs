@@ -467,14 +467,14 @@ async fn a_heartbeat_names_the_last_event_where_the_filter_let_none_through() {
 
 #[tokio::test]
 async fn a_reader_that_is_too_slow_is_told_the_last_event_that_it_was_sent() {
-    let app = TestApp::start_with(&["--stall-ms", "1500"]).await;
+    let app = TestApp::start_with(&["--stall-ms", "6000"]).await;
     app.agent("noor").await;
     write(&app, &app.url, "one").await;
     events_of(&app, 400, 100_000).await;
     let response = app.get("/v1/events?after=evt_00000").send().await.unwrap();
     let mut pieces = response.bytes_stream();
     let mut text = Vec::new();
-    let mut pause = Some(Duration::from_millis(1_000));
+    let mut pause = Some(Duration::from_millis(4_000));
     while let Some(Ok(piece)) = pieces.next().await {
         text.extend_from_slice(&piece);
         if let Some(pause) = pause.take_if(|_| text.len() > 1_000_000) {
