@@ -218,7 +218,8 @@ impl App {
     /// Deletes events that are older than they are kept, and deliveries that ended so long ago.
     async fn prune_events(&self) -> StoreResult<()> {
         let kept = chrono::Duration::hours(i64::from(self.config.event_retention_hours));
-        let oldest = chrono::Utc::now() - kept;
+        // By the database's clock, which wrote when they were made: one of ours that is ahead would delete what is to be kept.
+        let oldest = self.db.now().await? - kept;
         for world in World::ALL {
             while self.db.prune_events(world, oldest).await? > 0 {}
             while self.db.prune_deliveries(world, oldest).await? > 0 {}

@@ -78,6 +78,10 @@ impl TurnError {
     }
 }
 
+/// The most bytes of one answer, and the most tools that it calls: whoever serves a model may never come to an end.
+const LONGEST_ANSWER: usize = 32 * 1024 * 1024;
+const MOST_CALLS: usize = 1_000;
+
 /// What may be done about an answer of the wrong format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Repair {
@@ -146,7 +150,7 @@ pub fn turn(
                 while let Some(compaction) = compactor.shorten(&*provider, &mut request).await? {
                     yield TurnEvent::Compacted(compaction);
                 }
-                let mut answer = Answer::default();
+                let (mut answer, mut said) = (Answer::default(), 0);
                 let mut places = Places::new(&callers);
                 let mut stream = match provider.stream(request.clone()).await {
                     Err(ProviderError::ContextTooLong) if compactor.insist(&request) => continue,
@@ -161,6 +165,12 @@ pub fn turn(
                         break answer.into_step(reason, usage);
                     }
                     answer.push(&event);
+                    said += event.bytes();
+                    if said > LONGEST_ANSWER || answer.tool_calls.len() > MOST_CALLS {
+                        Err(ProviderError::Protocol(format!(
+                            "it is longer than {LONGEST_ANSWER} bytes, or calls more than {MOST_CALLS} tools"
+                        )))?;
+                    }
                     if follows && matches!(event, ModelEvent::Text(_)) {
                         follows = false;
                         yield TurnEvent::Paragraph;

@@ -473,6 +473,12 @@ pub(super) fn check(app: &App, definition: &Map<String, Value>) -> Result<(), Ap
             .map_err(|error| ApiError::invalid(key, format!("`{key}` is not valid: {error}.")))?;
     }
     let tools = definition.get("allowedTools").and_then(Value::as_array);
+    if tools.is_some_and(|tools| tools.len() > TOOLS) {
+        return Err(ApiError::invalid(
+            "allowedTools",
+            format!("`allowedTools` must be at most {TOOLS}."),
+        ));
+    }
     for tool in tools.into_iter().flatten().filter_map(Value::as_str) {
         check_tool(tool)?;
     }
@@ -487,11 +493,11 @@ pub(super) fn check(app: &App, definition: &Map<String, Value>) -> Result<(), Ap
     if definition
         .get("contextWindow")
         .and_then(Value::as_u64)
-        .is_some_and(|tokens| tokens < 1000)
+        .is_some_and(|tokens| !(1_000..=100_000_000).contains(&tokens))
     {
         return Err(ApiError::invalid(
             "contextWindow",
-            "`contextWindow` must be at least 1000.",
+            "`contextWindow` must be from 1,000 to 100,000,000.",
         ));
     }
     match definition.get("model").and_then(Value::as_str) {
@@ -502,6 +508,9 @@ pub(super) fn check(app: &App, definition: &Map<String, Value>) -> Result<(), Ap
         _ => Ok(()),
     }
 }
+
+/// The most entries of `allowedTools`.
+const TOOLS: usize = 200;
 
 /// A tool's name, or a pattern for some (contract 2.4.1). One that this server does not have may be another's, or one that is to come.
 fn check_tool(tool: &str) -> Result<(), ApiError> {

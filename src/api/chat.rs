@@ -314,7 +314,11 @@ fn model_request(
     };
     let own_effort =
         text("reasoning").and_then(|word| serde_json::from_value::<Effort>(word.into()).ok());
+    let stored = !messages.is_empty();
     messages.extend(conversation.messages);
+    if stored {
+        answer_open_calls(&mut messages);
+    }
     ModelRequest {
         model,
         system: Some(system_prompt(persona, &conversation.context)),
@@ -328,6 +332,33 @@ fn model_request(
         whole: false,
         permit: None,
     }
+}
+
+/// Gives each call of a tool that nobody has answered a result that says so: providers refuse a conversation without one, and a caller may have gone on
+/// without.
+fn answer_open_calls(messages: &mut Vec<Message>) {
+    let mut whole = Vec::with_capacity(messages.len());
+    let mut open: Vec<String> = Vec::new();
+    let unanswered = |open: &mut Vec<String>, whole: &mut Vec<Message>| {
+        whole.extend(open.drain(..).map(|tool_call_id| Message::Tool {
+            tool_call_id,
+            content: "Not run: nobody has answered this call.".to_owned(),
+            failed: true,
+        }));
+    };
+    for message in messages.drain(..) {
+        match &message {
+            Message::Tool { tool_call_id, .. } => open.retain(|id| id != tool_call_id),
+            Message::Assistant { tool_calls, .. } => {
+                unanswered(&mut open, &mut whole);
+                open = tool_calls.iter().map(|call| call.id.clone()).collect();
+            }
+            Message::User { .. } | Message::System { .. } => unanswered(&mut open, &mut whole),
+        }
+        whole.push(message);
+    }
+    unanswered(&mut open, &mut whole);
+    *messages = whole;
 }
 
 /// The first 60 characters of what the user said first (contract 2.1.5).

@@ -11,6 +11,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use super::error::ApiError;
 use crate::store::ProjectDb;
+use crate::task::{DEEPEST, is_deeper_than};
 
 /// A JSON body, in and out.
 #[derive(Debug)]
@@ -77,6 +78,12 @@ fn parse<T: DeserializeOwned>(bytes: &Bytes) -> Result<T, ApiError> {
         return Err(ApiError::BadRequest {
             message: "The request cannot be read: a JSON object is expected, not an array."
                 .to_owned(),
+            param: None,
+        });
+    }
+    if is_deeper_than(bytes, DEEPEST) {
+        return Err(ApiError::BadRequest {
+            message: format!("The request is nested more than {DEEPEST} deep."),
             param: None,
         });
     }

@@ -62,10 +62,9 @@ impl Said {
     /// The bytes of what varies in it.
     fn size(&self) -> usize {
         match self {
-            Self::Delta(ModelEvent::Text(text) | ModelEvent::Reasoning(text)) => text.len(),
-            Self::Delta(ModelEvent::ToolCallArguments { piece, .. }) => piece.len(),
+            Self::Delta(event) => event.bytes(),
             Self::Tool(tool) => tool.call.arguments.len() + tool.state.result().map_or(0, str::len),
-            Self::Delta(_) | Self::Restarted | Self::Finished { .. } | Self::Failed(_) => 0,
+            Self::Restarted | Self::Finished { .. } | Self::Failed(_) => 0,
         }
     }
 }
@@ -189,6 +188,20 @@ impl Progress {
     }
 }
 
+/// An answer as it is stored. Of one that was cut off the calls are left out: the last of them is half a call, and none was made.
+fn kept(step: &Step) -> Message {
+    match (&step.message, step.reason) {
+        (
+            Message::Assistant { content, .. },
+            FinishReason::Length | FinishReason::ContentFilter,
+        ) => Message::Assistant {
+            content: Some(content.clone().unwrap_or_default()),
+            tool_calls: Vec::new(),
+        },
+        (message, _) => message.clone(),
+    }
+}
+
 enum Outcome {
     Finished,
     Left,
@@ -227,7 +240,7 @@ async fn listen(
             Some(Ok(TurnEvent::Compacted(_))) => continue,
             Some(Ok(TurnEvent::Step(step))) => {
                 progress.answer = Answer::default();
-                progress.said.push(step.message.clone());
+                progress.said.push(kept(&step));
                 progress.steps.push(step);
                 continue;
             }

@@ -93,13 +93,20 @@ fn body(request: &ModelRequest) -> Result<Value, ProviderError> {
         }
     };
     let answer_tokens = sampling.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
-    let thinking = request.reasoning.and_then(thinking_tokens);
+    // What it thought before it called a tool is not kept, and the API wants it back if it is to think on: it does not, until the caller speaks again.
+    let thinking = request
+        .reasoning
+        .filter(|_| !is_amid_calls(&request.messages))
+        .and_then(thinking_tokens);
     set("model", json!(request.model));
     set("stream", json!(true));
     // Thinking counts into the limit, and the limit must be above it.
-    set("max_tokens", json!(answer_tokens + thinking.unwrap_or(0)));
+    set(
+        "max_tokens",
+        json!(answer_tokens.saturating_add(thinking.unwrap_or(0))),
+    );
     set("system", json!(request.system));
-    set("messages", messages(&request.messages)?);
+    set("messages", messages(&request.messages));
     if let Some(tokens) = thinking {
         set(
             "thinking",
@@ -161,8 +168,17 @@ fn tool_choice(request: &ModelRequest) -> Value {
     choice
 }
 
+/// Whether the last that the user said is followed by calls of tools.
+fn is_amid_calls(messages: &[Message]) -> bool {
+    messages
+        .iter()
+        .rev()
+        .take_while(|message| !matches!(message, Message::User { .. } | Message::System { .. }))
+        .any(|message| matches!(message, Message::Assistant { tool_calls, .. } if !tool_calls.is_empty()))
+}
+
 /// The conversation in alternating turns: neighbours of one role are joined, and what tools returned is said by the user.
-fn messages(messages: &[Message]) -> Result<Value, ProviderError> {
+fn messages(messages: &[Message]) -> Value {
     let mut turns: Vec<(&'static str, Vec<Value>)> = Vec::new();
     for message in messages {
         let (role, blocks) = match message {
@@ -188,17 +204,14 @@ fn messages(messages: &[Message]) -> Result<Value, ProviderError> {
                 let text = content
                     .iter()
                     .filter(|text| !text.trim().is_empty())
-                    .map(|text| Ok(text_block(text)));
+                    .map(|text| text_block(text));
                 let calls = tool_calls.iter().map(|call| {
-                    let arguments = if call.arguments.trim().is_empty() { "{}" } else { &call.arguments };
-                    let input: Value = serde_json::from_str(arguments)
-                        .map_err(|_| ProviderError::Rejected(format!("the arguments of tool call `{}` are not JSON", call.id)))?;
-                    Ok(json!({"type": "tool_use", "id": call.id, "name": call.name, "input": input}))
+                    // The API takes objects alone. A call that was cut off, or another model's, must not make a conversation unusable for good.
+                    let input = serde_json::from_str::<Map<String, Value>>(&call.arguments);
+                    let input = input.unwrap_or_default();
+                    json!({"type": "tool_use", "id": call.id, "name": call.name, "input": input})
                 });
-                (
-                    "assistant",
-                    text.chain(calls).collect::<Result<_, ProviderError>>()?,
-                )
+                ("assistant", text.chain(calls).collect())
             }
         };
         match turns.last_mut() {
@@ -207,10 +220,10 @@ fn messages(messages: &[Message]) -> Result<Value, ProviderError> {
             _ => turns.push((role, blocks)),
         }
     }
-    Ok(turns
+    turns
         .into_iter()
         .map(|(role, content)| json!({"role": role, "content": content}))
-        .collect())
+        .collect()
 }
 
 fn text_block(text: &str) -> Value {
@@ -388,7 +401,10 @@ impl Reader {
         let reason = self.reason.ok_or_else(|| {
             ProviderError::Protocol("the stream was cut before its finish".to_owned())
         })?;
-        let prompt_tokens = self.uncached + self.written_to_cache + self.usage.cached_tokens;
+        let cache = self
+            .written_to_cache
+            .saturating_add(self.usage.cached_tokens);
+        let prompt_tokens = self.uncached.saturating_add(cache);
         Ok(ModelEvent::Finished {
             reason,
             usage: Usage {
@@ -420,9 +436,47 @@ mod tests {
                 content: "It is not there.".to_owned(),
                 failed,
             };
-            let written = messages(&[result]).unwrap();
+            let written = messages(&[result]);
             let told = written[0]["content"][0].get("is_error").cloned();
             assert_eq!(told, failed.then_some(json!(true)));
         }
+    }
+
+    fn called(arguments: &str) -> Message {
+        Message::Assistant {
+            content: None,
+            tool_calls: vec![crate::llm::ToolCall {
+                id: "t".to_owned(),
+                name: "look".to_owned(),
+                arguments: arguments.to_owned(),
+            }],
+        }
+    }
+
+    #[test]
+    fn half_a_call_does_not_make_a_conversation_unusable() {
+        for arguments in ["", "{\"a\": ", "[1]", "null"] {
+            let written = messages(&[called(arguments)]);
+            assert_eq!(written[0]["content"][0]["input"], json!({}), "{arguments}");
+        }
+        let written = messages(&[called(r#"{"a": 1}"#)]);
+        assert_eq!(written[0]["content"][0]["input"], json!({"a": 1}));
+    }
+
+    #[test]
+    fn it_thinks_on_after_the_user_has_spoken_and_not_amid_calls() {
+        let said = || Message::User {
+            content: vec![Part::Text {
+                text: "hi".to_owned(),
+            }],
+        };
+        let result = || Message::Tool {
+            tool_call_id: "t".to_owned(),
+            content: "42".to_owned(),
+            failed: false,
+        };
+        assert!(!is_amid_calls(&[said()]));
+        assert!(is_amid_calls(&[said(), called("{}"), result()]));
+        assert!(!is_amid_calls(&[said(), called("{}"), result(), said()]));
     }
 }

@@ -269,6 +269,18 @@ pub enum ModelEvent {
     },
 }
 
+impl ModelEvent {
+    /// The bytes of what varies in it.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::Text(text) | Self::Reasoning(text) => text.len(),
+            Self::ToolCallArguments { piece, .. } => piece.len(),
+            Self::ToolCallStarted { name, .. } => name.len(),
+            Self::Finished { .. } => 0,
+        }
+    }
+}
+
 /// Why a model stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -300,11 +312,13 @@ pub struct Usage {
 
 impl std::ops::AddAssign for Usage {
     fn add_assign(&mut self, more: Self) {
-        self.prompt_tokens += more.prompt_tokens;
-        self.completion_tokens += more.completion_tokens;
-        self.cached_tokens += more.cached_tokens;
-        self.reasoning_tokens += more.reasoning_tokens;
-        self.estimated |= more.estimated;
+        // Providers name these numbers.
+        let add = |sum: &mut u64, more| *sum = sum.saturating_add(more);
+        add(&mut self.prompt_tokens, more.prompt_tokens);
+        add(&mut self.completion_tokens, more.completion_tokens);
+        add(&mut self.cached_tokens, more.cached_tokens);
+        add(&mut self.reasoning_tokens, more.reasoning_tokens);
+        self.estimated = self.estimated || more.estimated;
     }
 }
 

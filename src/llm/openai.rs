@@ -293,7 +293,7 @@ struct Chunk {
 #[derive(Deserialize)]
 struct Choice {
     /// In a stream it is called `delta`, in a whole answer `message`.
-    #[serde(default, alias = "message")]
+    #[serde(default, alias = "message", deserialize_with = "or_default")]
     delta: Delta,
     finish_reason: Option<String>,
 }
@@ -301,7 +301,7 @@ struct Choice {
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct Delta {
-    content: Option<String>,
+    content: Option<Content>,
     reasoning_content: Option<String>,
     reasoning: Option<String>,
     tool_calls: Option<Vec<CallDelta>>,
@@ -311,7 +311,7 @@ struct Delta {
 struct CallDelta {
     index: Option<usize>,
     id: Option<String>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     function: FunctionDelta,
 }
 
@@ -321,6 +321,47 @@ struct FunctionDelta {
     name: Option<String>,
     #[serde(deserialize_with = "arguments")]
     arguments: Option<String>,
+}
+
+/// What null stands for too.
+fn or_default<'de, T: Default + Deserialize<'de>, D: serde::Deserializer<'de>>(
+    from: D,
+) -> Result<T, D::Error> {
+    Ok(Option::<T>::deserialize(from)?.unwrap_or_default())
+}
+
+/// What is said: a text, as OpenAI has it, or parts of which some are the model's thinking, as Mistral sends them.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Content {
+    Text(String),
+    Parts(Vec<ContentPart>),
+}
+
+#[derive(Deserialize)]
+struct ContentPart {
+    #[serde(default)]
+    text: String,
+    #[serde(default, deserialize_with = "or_default")]
+    thinking: Vec<ContentPart>,
+}
+
+impl Content {
+    /// What is thought, and what is said.
+    fn split(self) -> (String, String) {
+        let parts = match self {
+            Self::Text(text) => return (String::new(), text),
+            Self::Parts(parts) => parts,
+        };
+        let (mut thought, mut said) = (String::new(), String::new());
+        for part in parts {
+            said.push_str(&part.text);
+            for part in part.thinking {
+                thought.push_str(&part.text);
+            }
+        }
+        (thought, said)
+    }
 }
 
 /// JSON text, as OpenAI has it; or the object itself, as some that speak its format send it.
@@ -392,17 +433,15 @@ impl Reader {
         let mut events = Vec::new();
         for choice in chunk.choices.into_iter().take(1) {
             let delta = choice.delta;
-            let reasoning = delta
-                .reasoning_content
-                .or(delta.reasoning)
-                .filter(|text| !text.is_empty());
-            events.extend(reasoning.map(ModelEvent::Reasoning));
-            events.extend(
-                delta
-                    .content
-                    .filter(|text| !text.is_empty())
-                    .map(ModelEvent::Text),
-            );
+            let (thought, said) = delta.content.map(Content::split).unwrap_or_default();
+            let reasoning = delta.reasoning_content.or(delta.reasoning);
+            let thought = reasoning.filter(|text| !text.is_empty()).unwrap_or(thought);
+            if !thought.is_empty() {
+                events.push(ModelEvent::Reasoning(thought));
+            }
+            if !said.is_empty() {
+                events.push(ModelEvent::Text(said));
+            }
             for mut call in delta.tool_calls.into_iter().flatten() {
                 // Whole answers, and some providers' streams, number calls by their place.
                 call.index = call.index.or(call.id.is_some().then_some(self.begun));
@@ -413,12 +452,7 @@ impl Reader {
             }
         }
         for event in &events {
-            self.said_bytes += match event {
-                ModelEvent::Text(text) | ModelEvent::Reasoning(text) => text.len(),
-                ModelEvent::ToolCallArguments { piece, .. } => piece.len(),
-                ModelEvent::ToolCallStarted { name, .. } => name.len(),
-                ModelEvent::Finished { .. } => 0,
-            };
+            self.said_bytes += event.bytes();
         }
         Ok(events)
     }
@@ -484,5 +518,35 @@ fn reason_of(word: &str) -> FinishReason {
         "tool_calls" | "function_call" => FinishReason::ToolCalls,
         "content_filter" => FinishReason::ContentFilter,
         _ => FinishReason::Stop,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn content_may_be_parts_of_which_some_are_thoughts() {
+        for (content, thought, said) in [
+            (json!("Hi"), "", "Hi"),
+            (json!([{"type": "text", "text": "Hi"}]), "", "Hi"),
+            (
+                json!([{"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]}, {"type": "text", "text": "Hi"}]),
+                "Hm.",
+                "Hi",
+            ),
+        ] {
+            let chunk = json!({"choices": [{"delta": {"content": content}}]});
+            let chunk: Chunk = serde_json::from_value(chunk).unwrap();
+            let [choice] = chunk.choices.try_into().ok().unwrap();
+            let content = choice.delta.content.unwrap();
+            assert_eq!(content.split(), (thought.to_owned(), said.to_owned()));
+        }
+        for chunk in [
+            json!({"choices": [{"delta": null}]}),
+            json!({"choices": [{"delta": {"tool_calls": [{"function": null}]}}]}),
+        ] {
+            assert!(serde_json::from_value::<Chunk>(chunk).is_ok());
+        }
     }
 }

@@ -232,6 +232,15 @@ pub struct Db {
 }
 
 impl Db {
+    /// What the database's clock says.
+    ///
+    /// # Errors
+    /// When it cannot be reached.
+    pub async fn now(&self) -> Result<DateTime<Utc>> {
+        let now = sqlx::query_scalar!(r#"select clock_timestamp() as "now!""#);
+        Ok(now.fetch_one(&self.platform).await?)
+    }
+
     /// Opens the pools. Connections are made when they are first needed.
     ///
     /// # Errors

@@ -141,6 +141,31 @@ pub struct RetryPolicy {
     pub escalate_model: Option<String>,
 }
 
+/// How deep JSON may be nested that is stored. What is stored stands some levels deeper than it came, and all of it must be read again: the parser
+/// stops at 128.
+pub const DEEPEST: usize = 64;
+
+/// Whether JSON text is nested more than `most` deep. Of what is no JSON it says something or other.
+pub fn is_deeper_than(text: &[u8], most: usize) -> bool {
+    let (mut depth, mut quoted, mut escaped) = (0_usize, false, false);
+    for byte in text {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if quoted => escaped = true,
+            b'"' => quoted = !quoted,
+            b'[' | b'{' if !quoted => {
+                depth += 1;
+                if depth > most {
+                    return true;
+                }
+            }
+            b']' | b'}' if !quoted => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+    }
+    false
+}
+
 /// Reads a value as something that is shown as it is written. Serde takes a list of an object's members for the object; callers do not mean it.
 ///
 /// # Errors
@@ -629,6 +654,21 @@ mod tests {
                     prop_assert!(task.document.phase.is_none());
                 }
             }
+        }
+    }
+
+    #[test]
+    fn depth_is_counted_outside_of_texts() {
+        for (text, depth) in [
+            ("7", 0),
+            ("[[], {}]", 2),
+            (r#"{"a[[[": "\"[[[", "b": [1]}"#, 2),
+        ] {
+            assert!(
+                depth == 0 || is_deeper_than(text.as_bytes(), depth - 1),
+                "{text}"
+            );
+            assert!(!is_deeper_than(text.as_bytes(), depth), "{text}");
         }
     }
 

@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::agent::Toolbox;
 use crate::llm::{Tool, ToolCall};
 use crate::store::{AgentRow, ProjectDb};
-use crate::task::ExpectedOutcome;
+use crate::task::{DEEPEST, ExpectedOutcome, is_deeper_than};
 
 mod http_fetch;
 mod memory;
@@ -41,15 +41,23 @@ fn is_allowed(allowed: Option<&Value>, tool: &str) -> bool {
     }
 }
 
+/// Each piece between stars is found as early as it can be, so that no pattern of a tenant's takes longer than the name is long.
 fn matches(pattern: &str, name: &str) -> bool {
-    match pattern.split_once('*') {
-        None => pattern == name,
-        Some((before, after)) => name.strip_prefix(before).is_some_and(|rest| {
-            (0..=rest.len())
-                .filter(|at| rest.is_char_boundary(*at))
-                .any(|at| matches(after, &rest[at..]))
-        }),
+    let mut pieces = pattern.split('*');
+    let first = pieces.next().unwrap_or_default();
+    let Some(last) = pieces.next_back() else {
+        return pattern == name;
+    };
+    let Some(mut rest) = name.strip_prefix(first) else {
+        return false;
+    };
+    for piece in pieces {
+        match rest.find(piece) {
+            Some(at) => rest = &rest[at + piece.len()..],
+            None => return false,
+        }
     }
+    rest.ends_with(last)
 }
 
 /// One agent's tools, for one turn.
@@ -154,6 +162,12 @@ fn arguments<T: DeserializeOwned>(call: &ToolCall) -> Result<T, String> {
         "" => "{}",
         text => text,
     };
+    if is_deeper_than(text.as_bytes(), DEEPEST) {
+        return Err(format!(
+            "The arguments of `{}` are nested more than {DEEPEST} deep.",
+            call.name
+        ));
+    }
     serde_json::from_str(text)
         .map_err(|error| format!("The arguments of `{}` cannot be used: {error}.", call.name))
 }
@@ -185,9 +199,13 @@ mod tests {
             ("m*_*t", "memory_got_it", true),
             ("m*x", "memory_get", false),
             ("", "memory_get", false),
+            ("m*get*get", "memory_get", false),
+            ("*et*", "memory_get", true),
         ] {
             assert_eq!(matches(pattern, name), expected, "{pattern} {name}");
         }
+        // Whatever a tenant writes is decided at once.
+        assert!(!matches(&("*".repeat(199) + "x"), "memory_get"));
     }
 
     #[test]

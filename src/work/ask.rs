@@ -1,6 +1,7 @@
 //! One question to a model, with an answer of a given form.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use futures::StreamExt;
@@ -17,6 +18,9 @@ use crate::llm::{
 };
 use crate::seal::sha256;
 use crate::store::{CallUsage, Topic};
+
+/// How long an answer may take in all.
+const LONGEST: Duration = Duration::from_secs(900);
 
 /// A judge has no tools yet.
 #[derive(Debug)]
@@ -113,9 +117,13 @@ pub(super) async fn ask(
     question: Question<'_>,
     about: Id<ids::Task>,
 ) -> Result<std::result::Result<String, String>> {
+    let question_name = question.name.to_owned();
     let answer = pose(held, question).await?;
-    if let Some(usage) = &answer.usage {
-        held.lease.db.record_call(about, usage).await?;
+    if let Some(usage) = &answer.usage
+        && let Err(error) = held.lease.db.record_call(about, usage).await
+    {
+        // The answer was paid for, and counts without its entry in the account.
+        tracing::error!(task = %about, "what a {} used is not on the account: {error}", question_name);
     }
     Ok(answer.text)
 }
@@ -144,8 +152,12 @@ pub(super) async fn pose(held: &Held, question: Question<'_>) -> Result<Answer> 
     let mut turn = std::pin::pin!(agent::turn(provider, request, course, Arc::new(NoTools)));
     let mut text = String::new();
     let mut used: Option<Usage> = None;
+    let deadline = tokio::time::Instant::now() + LONGEST;
     loop {
         let event = tokio::select! {
+            () = tokio::time::sleep_until(deadline) => {
+                return Ok(Answer::none(format!("nobody answered within {} s", LONGEST.as_secs())));
+            }
             event = turn.next() => event,
             () = held.lost.cancelled() => return Err(WorkError::LeaseLost),
             () = held.app.stop_turns.cancelled() => {

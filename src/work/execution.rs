@@ -238,6 +238,12 @@ async fn follow(
         tokio::select! {
             biased;
             () = held.lost.cancelled() => return Err(WorkError::LeaseLost),
+            // Before what is said: a model that never stops must not keep the time from being looked at.
+            () = sleep_until(limits.next()) => {
+                if let Some(ending) = overdue(held, task, &mut limits).await? {
+                    return Ok(Followed::Ended(ending));
+                }
+            }
             event = events.next() => match event {
                 None => {
                     let nothing = || Ending::error("The agent gave no answer.".to_owned());
@@ -282,11 +288,6 @@ async fn follow(
             }
             _ = listeners.changed() => recorder.write_words().await,
             () = sleep_until(words_due.unwrap_or_else(Instant::now)), if words_due.is_some() => recorder.write_words().await,
-            () = sleep_until(limits.next()) => {
-                if let Some(ending) = overdue(held, task, &mut limits).await? {
-                    return Ok(Followed::Ended(ending));
-                }
-            }
         }
     }
 }

@@ -160,7 +160,8 @@ struct Engine {
     holder: Holder,
     /// Since when this process has its lock, if it has: what it claims without one looks like a dead process' work.
     standing: watch::Sender<Option<Instant>>,
-    running: Mutex<HashMap<i64, (World, CancellationToken)>>,
+    /// By world and number: each world counts its leases for itself.
+    running: Mutex<HashMap<(World, i64), CancellationToken>>,
     timers: Arc<Places>,
     jobs: TaskTracker,
 }
@@ -444,7 +445,7 @@ impl Engine {
         self.running
             .lock()
             .expect(POISONED)
-            .insert(number, (world, lost.clone()));
+            .insert((world, number), lost.clone());
         let engine = self.clone();
         self.jobs.spawn(async move {
             let db = engine.app.db.clone();
@@ -457,7 +458,9 @@ impl Engine {
                 lost,
             };
             held.work().await;
-            engine.running.lock().expect(POISONED).remove(&number);
+            let mut running = engine.running.lock().expect(POISONED);
+            running.remove(&(world, number));
+            drop(running);
             drop(place);
             // Twice as many, as two may come free at the same time.
             if places.free.available_permits() <= 2 * places.batch() {
@@ -473,8 +476,8 @@ impl Engine {
             for world in World::ALL {
                 let numbers: Vec<i64> = {
                     let running = self.running.lock().expect(POISONED);
-                    let of_world = running.iter().filter(|(_, (of, _))| *of == world);
-                    of_world.map(|(number, _)| *number).collect()
+                    let of_world = running.keys().filter(|(of, _)| *of == world);
+                    of_world.map(|(_, number)| *number).collect()
                 };
                 if numbers.is_empty() {
                     continue;
@@ -483,7 +486,7 @@ impl Engine {
                     Ok(kept) => {
                         let running = self.running.lock().expect(POISONED);
                         for number in numbers.iter().filter(|number| !kept.contains(number)) {
-                            if let Some((_, lost)) = running.get(number) {
+                            if let Some(lost) = running.get(&(world, *number)) {
                                 lost.cancel();
                             }
                         }

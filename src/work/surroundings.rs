@@ -48,7 +48,9 @@ async fn mission(db: &ProjectDb, place: Place) -> Result<String> {
     Ok(told)
 }
 
+/// Each has its share, so that one that is long leaves the others theirs; what does not fit is cut, and said to be.
 fn results(needs: &[NeedResult]) -> Option<String> {
+    let share = BYTES / needs.len().max(1);
     let mut told = String::new();
     for need in needs {
         let outcomes = match &need.outcomes {
@@ -58,15 +60,12 @@ fn results(needs: &[NeedResult]) -> Option<String> {
             _ => String::new(),
         };
         let said = need.stdout.as_deref().unwrap_or_default();
-        let one = format!(
-            "\n<result of=\"{}\">\n{said}{outcomes}\n</result>",
-            need.title
-        );
-        if told.len() + one.len() > BYTES {
-            told += "\nFurther results are left out.";
-            break;
+        let mut one = format!("{said}{outcomes}");
+        if one.len() > share {
+            one.truncate(one.floor_char_boundary(share));
+            one += "\n[cut here: it is longer]";
         }
-        told += &one;
+        told += &format!("\n<result of=\"{}\">\n{one}\n</result>", need.title);
     }
     (!told.is_empty()).then(|| format!("The tasks that it waited for came to this:{told}"))
 }
@@ -88,8 +87,9 @@ mod tests {
             told.contains("<result of=\"A\">\none\noutcomes: [{\"label\":\"Notes\"}]"),
             "{told}"
         );
-        let long = "x".repeat(BYTES - 100);
+        let long = "ö".repeat(BYTES);
         let told = results(&[need("A", &long), need("B", "two")]).unwrap();
-        assert!(told.contains(&long) && !told.contains("two") && told.ends_with("left out."));
+        assert!(told.contains("[cut here: it is longer]") && told.contains("\ntwo\noutcomes:"));
+        assert!(told.len() < BYTES + 500);
     }
 }

@@ -672,3 +672,74 @@ async fn a_slow_caller_is_no_slow_database() {
         (reqwest::StatusCode::OK, json!({"saved": true}))
     );
 }
+
+#[tokio::test]
+async fn a_session_goes_on_after_a_call_that_nobody_answered_or_that_was_cut_off() {
+    let app = TestApp::start().await;
+    app.agent("noor").await;
+    let tool = json!({"type": "function", "function": {"name": "ask", "parameters": {}}});
+    let mut first = hello("noor");
+    first["tools"] = json!([tool]);
+    app.upstream
+        .will(Reply::Stream(called(&[("c1", "ask", &["{}"])])));
+    let response = app.chat(first.clone()).send().await.unwrap();
+    let session = response.headers()["x-session-id"]
+        .to_str()
+        .unwrap()
+        .to_owned();
+    // The next time it is cut off in the middle of a call.
+    app.upstream.will(Reply::Stream(vec![
+        chunk(&json!({"tool_calls": [{"index": 0, "id": "c2", "function": {"name": "ask", "arguments": "{\"a"}}]}), None),
+        chunk(&json!({}), Some("length")),
+    ]));
+    app.upstream.will_say("Here.");
+    for _ in 0..2 {
+        let next = app.chat(first.clone()).header("x-session-id", &session);
+        assert_eq!(answer(next).await.0, 200);
+    }
+    let asked = app.upstream.asked();
+    let roles = |request: &Value| -> Vec<String> {
+        let messages = request["messages"].as_array().unwrap();
+        let roles = messages
+            .iter()
+            .map(|message| message["role"].as_str().unwrap());
+        roles.map(str::to_owned).collect()
+    };
+    assert_eq!(
+        roles(&asked[1]),
+        ["system", "user", "assistant", "tool", "user"]
+    );
+    assert_eq!(asked[1]["messages"][3]["tool_call_id"], "c1");
+    assert_eq!(
+        roles(&asked[2]),
+        [
+            "system",
+            "user",
+            "assistant",
+            "tool",
+            "user",
+            "assistant",
+            "user"
+        ]
+    );
+    assert_eq!(asked[2]["messages"][5].get("tool_calls"), None);
+}
+
+#[tokio::test]
+async fn what_is_nested_too_deep_to_be_read_again_is_refused() {
+    let app = TestApp::start().await;
+    app.agent("noor").await;
+    let deep = |depth: usize| "{\"a\":".repeat(depth) + "1" + &"}".repeat(depth);
+    for (depth, expected) in [(60, 201), (126, 400)] {
+        let body = format!(
+            r#"{{"title":"t{depth}","description":"d","assignTo":"noor","draft":true,"notifications":{}}}"#,
+            deep(depth)
+        );
+        let request = app
+            .request(reqwest::Method::POST, "/v1/tasks")
+            .header("content-type", "application/json")
+            .body(body);
+        assert_eq!(answer(request).await.0, expected, "{depth}");
+    }
+    assert_eq!(answer(app.get("/v1/tasks")).await.0, 200);
+}

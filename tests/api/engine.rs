@@ -1075,3 +1075,39 @@ async fn a_process_that_loses_its_lock_takes_another_and_no_step_is_recorded_twi
         app.until(&next, "done").await;
     }
 }
+
+#[tokio::test]
+async fn leases_of_the_two_worlds_with_one_number_are_both_kept() {
+    let app = TestApp::start_with(&["--idle-timeout-ms", "60000"]).await;
+    let agent = json!({"name": "noor", "model": "openai:gpt-5", "allowedTools": []});
+    // Longer than a lease that nobody extends.
+    app.upstream
+        .answers(|_| Reply::Slow(Duration::from_secs(11), said("Here.")));
+    app.sql(
+        "alter sequence production.leases restart with 1000; alter sequence sandbox.leases restart with 1000"
+            .to_owned(),
+    )
+    .await;
+    let mut ids = Vec::new();
+    for key in [&app.live, &app.test] {
+        let post = |path: &str, body: &Value| {
+            let request = app.client.post(format!("{}{path}", app.url));
+            answer(request.bearer_auth(key).json(body))
+        };
+        assert_eq!(post("/v1/agents", &agent).await.0, 201);
+        let task = json!({"title": "t", "description": "d", "assignTo": "noor"});
+        ids.push((key, post("/v1/tasks", &task).await.1["id"].clone()));
+    }
+    for (key, id) in ids {
+        let path = format!("{}/v1/tasks/{}", app.url, id.as_str().unwrap());
+        loop {
+            let task = answer(app.client.get(&path).bearer_auth(key)).await.1;
+            if task["status"] == "done" {
+                break;
+            }
+            assert_eq!(task["retries"], 0, "{task}");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+    assert_eq!(app.upstream.asked().len(), 2);
+}

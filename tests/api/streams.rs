@@ -86,7 +86,7 @@ async fn a_reader_that_does_not_read_holds_the_model_up() {
 
     // It goes on as soon as it is read again.
     let mut read = vec![0; 64 * 1024];
-    while app.upstream.flooded() < taken + MOST {
+    while app.upstream.flooded() < taken + 4 * 1024 * 1024 {
         assert!(reader.read(&mut read).await.unwrap() > 0);
     }
     drop(reader);
@@ -114,4 +114,28 @@ async fn an_upstream_that_stops_in_the_middle_of_an_event_ends_in_an_error() {
         .unwrap();
     let frames = crate::harness::frames(&text);
     assert_eq!(frames.last().unwrap()["error"]["code"], "provider_error");
+}
+
+#[tokio::test]
+async fn an_answer_that_never_ends_is_given_up() {
+    let app = TestApp::start_with(&["--retry-backoff-ms", "1"]).await;
+    app.agent("a").await;
+    app.agent("noor").await;
+    let text = "x".repeat(256 * 1024);
+    let piece = chunk(&json!({"content": text}), None);
+    app.upstream
+        .answers(move |_| Reply::Flood(1_000_000, piece.clone()));
+    let answered = app
+        .chat(asking())
+        .send()
+        .await
+        .unwrap()
+        .text()
+        .await
+        .unwrap();
+    assert!(answered.contains("provider_error") && answered.len() < 40_000_000);
+    let id = app.task("work", json!({"maxRetries": 0})).await;
+    let failed = app.until(&id, "failed").await;
+    let cause = failed["result"]["cause"].as_str().unwrap();
+    assert!(cause.contains("longer than"), "{cause}");
 }
