@@ -374,9 +374,11 @@ impl Reader {
                 None
             }
             Event::Error { error } => {
-                return Err(error_object(&json!({"error": error})).unwrap_or_else(|| {
-                    ProviderError::Protocol("an error without a message".to_owned())
-                }));
+                return Err(
+                    error_object(&json!({"error": error}), &[]).unwrap_or_else(|| {
+                        ProviderError::Protocol("an error without a message".to_owned())
+                    }),
+                );
             }
             Event::ContentBlockStart {
                 content_block: Block::Other,

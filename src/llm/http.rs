@@ -7,7 +7,7 @@ use bytes::Bytes;
 use chrono::{DateTime, Utc};
 use futures::{Stream, StreamExt};
 use rand::RngExt;
-use reqwest::header::{CONTENT_TYPE, RETRY_AFTER};
+use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, RETRY_AFTER};
 use reqwest::{RequestBuilder, Response, StatusCode, Url};
 use serde_json::Value;
 
@@ -164,7 +164,7 @@ impl HttpClient {
             let error = match tokio::time::timeout(silence, tried.send()).await {
                 Err(_) => return Err(ProviderError::Idle(silence)),
                 Ok(Ok(response)) if response.status() == StatusCode::OK => return Ok(response),
-                Ok(Ok(response)) => refusal(response).await,
+                Ok(Ok(response)) => refusal(response, &keys_of(&request)).await,
                 Ok(Err(error)) => ProviderError::Unavailable(error.without_url().into()),
             };
             let wait = match &error {
@@ -222,7 +222,7 @@ fn events(
 }
 
 /// What a status other than 200 means.
-async fn refusal(response: Response) -> ProviderError {
+async fn refusal(response: Response, keys: &[String]) -> ProviderError {
     let status = response.status();
     let retry_after = response
         .headers()
@@ -233,7 +233,7 @@ async fn refusal(response: Response) -> ProviderError {
         401 | 403 => ProviderError::Credentials,
         429 => ProviderError::RateLimited { retry_after },
         408 | 500.. => ProviderError::Unavailable(format!("status {status}").into()),
-        400..=499 => rejection(&read_some(response).await),
+        400..=499 => rejection(&read_some(response).await, keys),
         _ => ProviderError::Protocol(format!("status {status}")),
     }
 }
@@ -265,13 +265,14 @@ async fn read_some(response: Response) -> Vec<u8> {
 }
 
 /// Reads `{"error": {"message", "code"}}`, which all providers send in some form.
-pub(super) fn rejection(body: &[u8]) -> ProviderError {
+fn rejection(body: &[u8], keys: &[String]) -> ProviderError {
     let value: Value = serde_json::from_slice(body).unwrap_or_default();
-    error_object(&value).unwrap_or_else(|| ProviderError::Rejected("it gave no reason".to_owned()))
+    error_object(&value, keys)
+        .unwrap_or_else(|| ProviderError::Rejected("it gave no reason".to_owned()))
 }
 
-/// The failure that an `error` member tells of, if there is one.
-pub(super) fn error_object(value: &Value) -> Option<ProviderError> {
+/// The failure that an `error` member tells of, if there is one. `keys` are what a provider may quote back and nobody is to read.
+pub(super) fn error_object(value: &Value, keys: &[String]) -> Option<ProviderError> {
     let error = value.get("error").filter(|error| !error.is_null())?;
     let text = |key: &str| error.get(key).and_then(Value::as_str).unwrap_or_default();
     let message = error.as_str().unwrap_or_else(|| text("message"));
@@ -295,12 +296,34 @@ pub(super) fn error_object(value: &Value) -> Option<ProviderError> {
             ProviderError::Unavailable(kind.to_owned().into())
         }
         (_, "authentication_error" | "permission_error") => ProviderError::Credentials,
-        _ => ProviderError::Rejected(shortened(&without_secrets(message), 300)),
+        _ => ProviderError::Rejected(shortened(&without_secrets(message, keys), 300)),
     })
 }
 
-/// A provider that quotes our key back must not have it passed on.
-fn without_secrets(message: &str) -> String {
+/// The credentials that a request goes out with.
+fn keys_of(request: &RequestBuilder) -> Vec<String> {
+    let request = request.try_clone().and_then(|request| request.build().ok());
+    let headers = request.map(|request| request.headers().clone());
+    let headers = headers.unwrap_or_default();
+    [
+        AUTHORIZATION.as_str(),
+        "x-api-key",
+        "x-goog-api-key",
+        "api-key",
+    ]
+    .iter()
+    .filter_map(|name| headers.get(*name)?.to_str().ok())
+    .map(|value| value.trim_start_matches("Bearer ").to_owned())
+    .filter(|key| key.len() >= 8)
+    .collect()
+}
+
+/// A provider that quotes our key back, or part of it, must not have it passed on.
+fn without_secrets(message: &str, keys: &[String]) -> String {
+    let mut message = message.to_owned();
+    for key in keys {
+        message = message.replace(key, "[key]");
+    }
     let words = message.split_inclusive(char::is_whitespace).map(|word| {
         let secret = word.len() >= 16
             && (word.contains("sk-")
@@ -344,12 +367,28 @@ mod tests {
     #[test]
     fn a_rejection_tells_its_reason_but_no_key() {
         let body = br#"{"error":{"message":"Incorrect API key provided: sk-abcdefghijklmnop. See the docs.","type":"invalid_request_error","code":null}}"#;
-        let ProviderError::Rejected(reason) = rejection(body) else {
+        let ProviderError::Rejected(reason) = rejection(body, &[]) else {
             panic!("not rejected")
         };
         assert_eq!(reason, "Incorrect API key provided: [key] See the docs.");
-        assert!(matches!(rejection(b"<html>"), ProviderError::Rejected(_)));
+        // Whatever a key looks like, the one that the request went out with is not passed on.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let request = reqwest::Client::new()
+            .get("http://localhost")
+            .bearer_auth("gsk_4711abc");
+        let body = br#"{"error":{"message":"The key 'gsk_4711abc' is no good."}}"#;
+        let ProviderError::Rejected(reason) = rejection(body, &keys_of(&request)) else {
+            panic!("not rejected")
+        };
+        assert_eq!(reason, "The key '[key]' is no good.");
+        assert!(matches!(
+            rejection(b"<html>", &[]),
+            ProviderError::Rejected(_)
+        ));
         let body = br#"{"error":{"message":"This model's maximum context length is 8192 tokens.","code":"context_length_exceeded"}}"#;
-        assert!(matches!(rejection(body), ProviderError::ContextTooLong));
+        assert!(matches!(
+            rejection(body, &[]),
+            ProviderError::ContextTooLong
+        ));
     }
 }

@@ -411,9 +411,11 @@ impl Reader {
             ProviderError::Protocol(format!("it is not a chat completion: {error}"))
         })?;
         if let Some(error) = chunk.error.filter(|error| !error.is_null()) {
-            return Err(error_object(&json!({"error": error})).unwrap_or_else(|| {
-                ProviderError::Protocol("an error without a message".to_owned())
-            }));
+            return Err(
+                error_object(&json!({"error": error}), &[]).unwrap_or_else(|| {
+                    ProviderError::Protocol("an error without a message".to_owned())
+                }),
+            );
         }
         if let Some(usage) = chunk.usage {
             self.usage = Some(Usage {
@@ -497,10 +499,11 @@ impl Reader {
                 "the stream was cut before its finish".to_owned(),
             ));
         };
-        let reason = if self.begun > 0 && reason == FinishReason::Stop {
-            FinishReason::ToolCalls
-        } else {
-            reason
+        // What it says of calls is less than whether there are any.
+        let reason = match reason {
+            FinishReason::Stop if self.begun > 0 => FinishReason::ToolCalls,
+            FinishReason::ToolCalls if self.begun == 0 => FinishReason::Stop,
+            reason => reason,
         };
         let usage = self.usage.unwrap_or(Usage {
             prompt_tokens: (prompt_bytes as u64).div_ceil(4),
@@ -524,6 +527,18 @@ fn reason_of(word: &str) -> FinishReason {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_answer_without_calls_did_not_end_with_them() {
+        let mut reader = Reader::default();
+        let chunk =
+            json!({"choices": [{"delta": {"content": "Hi"}, "finish_reason": "tool_calls"}]});
+        reader.read(chunk.to_string().as_bytes()).unwrap();
+        let ModelEvent::Finished { reason, .. } = reader.finish(0).unwrap() else {
+            panic!("it has finished")
+        };
+        assert_eq!(reason, FinishReason::Stop);
+    }
 
     #[test]
     fn content_may_be_parts_of_which_some_are_thoughts() {

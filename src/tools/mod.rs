@@ -1,5 +1,6 @@
 //! The tools that the server runs for its agents, and which of them an agent may use.
 
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, LazyLock};
 
 use async_trait::async_trait;
@@ -68,6 +69,8 @@ pub struct ServerTools {
     fetcher: Fetcher,
     tools: Vec<Arc<Tool>>,
     expected: Vec<ExpectedOutcome>,
+    /// The bytes of what was handed over.
+    handed_over: AtomicUsize,
 }
 
 impl ServerTools {
@@ -104,6 +107,7 @@ impl ServerTools {
             fetcher,
             tools,
             expected,
+            handed_over: AtomicUsize::new(0),
         }
     }
 
@@ -129,7 +133,9 @@ impl Toolbox for ServerTools {
         }
         match call.name.as_str() {
             http_fetch::NAME => self.fetcher.call(call).await,
-            register_outcome::NAME => register_outcome::call(call, &self.expected),
+            register_outcome::NAME => {
+                register_outcome::call(call, &self.expected, &self.handed_over)
+            }
             _ => memory::call(&self.db, &self.agent, call).await,
         }
         .map(cut)

@@ -1,5 +1,7 @@
 //! `register_outcome`: an agent hands over what its task leaves behind (contract 2.6.5).
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use chrono::{DateTime, Utc};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -13,6 +15,9 @@ pub(super) const NAME: &str = "register_outcome";
 
 /// The most bytes of an outcome's text or data.
 const LARGEST: usize = 256 * 1024;
+
+/// The most bytes of all outcomes of a run.
+const ALL: usize = 1024 * 1024;
 
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -46,13 +51,27 @@ pub(super) fn tool() -> Tool {
 }
 
 /// Takes what a call hands over, unless the task expects something else under its label.
-pub(super) fn call(call: &ToolCall, expected: &[ExpectedOutcome]) -> Result<String, String> {
+/// `so_far` are the bytes of what the run has handed over.
+pub(super) fn call(
+    call: &ToolCall,
+    expected: &[ExpectedOutcome],
+    so_far: &AtomicUsize,
+) -> Result<String, String> {
     let outcome = outcome_of(call, Utc::now())?;
     let same: Vec<&ExpectedOutcome> = expected
         .iter()
         .filter(|one| one.label == outcome.label)
         .collect();
     if same.is_empty() || same.iter().any(|one| one.is_met_by(&outcome)) {
+        // A task is told whole with each of its events, and judged whole.
+        let size = json!(outcome).to_string().len();
+        if so_far.fetch_add(size, Ordering::Relaxed) + size > ALL {
+            so_far.fetch_sub(size, Ordering::Relaxed);
+            return Err(format!(
+                "The outcomes of a run may have {} KiB in all: hand over less, or a `url` where more is.",
+                ALL / 1024
+            ));
+        }
         return Ok(format!("\"{}\" is registered.", outcome.label));
     }
     let kinds: Vec<&str> = same.iter().map(|one| one.kind.as_str()).collect();
@@ -113,6 +132,25 @@ pub fn registers_outcome(call: &ToolCall) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_outcomes_of_a_run_are_bounded_together() {
+        let so_far = AtomicUsize::new(0);
+        let register = |length: usize| {
+            let arguments = json!({"type": "text", "label": "l", "text": "x".repeat(length)});
+            let one = ToolCall {
+                id: "c".to_owned(),
+                name: NAME.to_owned(),
+                arguments: arguments.to_string(),
+            };
+            call(&one, &[], &so_far)
+        };
+        for _ in 0..4 {
+            assert!(register(LARGEST - 1_000).is_ok());
+        }
+        assert!(register(LARGEST - 1_000).unwrap_err().contains("in all"));
+        assert!(register(100).is_ok());
+    }
 
     #[test]
     fn an_outcome_must_hold_what_its_type_says() {
