@@ -40,7 +40,7 @@ impl<E: Into<LifecycleError>> From<E> for NotResolved {
 ///
 /// # Errors
 /// When the database refuses.
-pub async fn request_approval(
+pub(super) async fn request_approval(
     tx: &mut ProjectTx,
     task: &mut Task,
     closed: &Closed,
@@ -296,7 +296,7 @@ pub async fn reject(
 ///
 /// # Errors
 /// When the database refuses.
-pub async fn withdraw(tx: &mut ProjectTx, task: &mut Task) -> Result<()> {
+pub(super) async fn withdraw(tx: &mut ProjectTx, task: &mut Task) -> Result<()> {
     let note = "The task has ended, or goes on, without an answer.";
     for id in tx
         .close_approvals(task.id, "rejected", "engine", note)

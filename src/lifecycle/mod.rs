@@ -23,9 +23,7 @@ pub mod mission;
 mod operate;
 pub mod schedule;
 
-pub use approve::{
-    NotResolved, approve, expire, reject, request_approval, time_out_escalation, withdraw,
-};
+pub use approve::{NotResolved, approve, expire, reject, time_out_escalation};
 pub use change::{TaskChange, update};
 pub use create::{NewTask, create};
 pub use finish::{

@@ -51,9 +51,12 @@ impl Provider for Anthropic {
             .header("anthropic-version", "2023-06-01")
             .json(&body(&request)?);
         let permit = request.permit.as_deref();
-        let mut events = self.client.events(post, permit).await?.boxed();
+        let mut events = self.client.events(post, permit, &self.key).await?.boxed();
+        let mut reader = Reader {
+            key: self.key.clone(),
+            ..Reader::default()
+        };
         let stream = async_stream::try_stream! {
-            let mut reader = Reader::default();
             while let Some(data) = events.next().await {
                 if let Some(event) = reader.read(&data?)? {
                     yield event;
@@ -315,6 +318,8 @@ struct EventUsage {
 /// Reads the events of one answer. Blocks come one after the other, so a call's pieces belong to the last one begun.
 #[derive(Default)]
 struct Reader {
+    /// What an error in the middle may quote.
+    key: SecretString,
     calls: usize,
     usage: Usage,
     uncached: u64,
@@ -375,7 +380,7 @@ impl Reader {
             }
             Event::Error { error } => {
                 return Err(
-                    error_object(&json!({"error": error}), &[]).unwrap_or_else(|| {
+                    error_object(&json!({"error": error}), &self.key).unwrap_or_else(|| {
                         ProviderError::Protocol("an error without a message".to_owned())
                     }),
                 );

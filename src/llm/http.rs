@@ -7,8 +7,9 @@ use bytes::Bytes;
 use chrono::{DateTime, Utc};
 use futures::{Stream, StreamExt};
 use rand::RngExt;
-use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, RETRY_AFTER};
+use reqwest::header::{CONTENT_TYPE, RETRY_AFTER};
 use reqwest::{RequestBuilder, Response, StatusCode, Url};
+use secrecy::{ExposeSecret, SecretString};
 use serde_json::Value;
 
 use super::sse::Decoder;
@@ -100,17 +101,18 @@ impl HttpClient {
         Ok(())
     }
 
-    /// Sends a request until its answer begins well, and returns its events.
+    /// Sends a request until its answer begins well, and returns its events. Whatever a refusal quotes of `key` is left out.
     ///
     /// Connection failures, 429 and 5xx are tried again; once the answer has begun, nothing is.
     pub(super) async fn events(
         &self,
         request: RequestBuilder,
         permit: Option<&dyn Permit>,
+        key: &SecretString,
     ) -> Result<impl Stream<Item = Result<String, ProviderError>> + Send + use<>, ProviderError>
     {
         let idle = self.settings.idle_timeout;
-        let response = self.send(request, permit, idle).await?;
+        let response = self.send(request, permit, key, idle).await?;
         expect_type(&response, "text/event-stream")?;
         Ok(events(response.bytes_stream().boxed(), idle))
     }
@@ -120,9 +122,10 @@ impl HttpClient {
         &self,
         request: RequestBuilder,
         permit: Option<&dyn Permit>,
+        key: &SecretString,
     ) -> Result<Vec<u8>, ProviderError> {
         let silence = self.settings.answer_timeout;
-        let response = self.send(request, permit, silence).await?;
+        let response = self.send(request, permit, key, silence).await?;
         expect_type(&response, "application/json")?;
         let mut pieces = response.bytes_stream();
         let mut body = Vec::new();
@@ -148,6 +151,7 @@ impl HttpClient {
         &self,
         request: RequestBuilder,
         permit: Option<&dyn Permit>,
+        key: &SecretString,
         silence: Duration,
     ) -> Result<Response, ProviderError> {
         let mut patience = PATIENCE;
@@ -164,7 +168,7 @@ impl HttpClient {
             let error = match tokio::time::timeout(silence, tried.send()).await {
                 Err(_) => return Err(ProviderError::Idle(silence)),
                 Ok(Ok(response)) if response.status() == StatusCode::OK => return Ok(response),
-                Ok(Ok(response)) => refusal(response, &keys_of(&request)).await,
+                Ok(Ok(response)) => refusal(response, key).await,
                 Ok(Err(error)) => ProviderError::Unavailable(error.without_url().into()),
             };
             let wait = match &error {
@@ -222,7 +226,7 @@ fn events(
 }
 
 /// What a status other than 200 means.
-async fn refusal(response: Response, keys: &[String]) -> ProviderError {
+async fn refusal(response: Response, key: &SecretString) -> ProviderError {
     let status = response.status();
     let retry_after = response
         .headers()
@@ -233,7 +237,7 @@ async fn refusal(response: Response, keys: &[String]) -> ProviderError {
         401 | 403 => ProviderError::Credentials,
         429 => ProviderError::RateLimited { retry_after },
         408 | 500.. => ProviderError::Unavailable(format!("status {status}").into()),
-        400..=499 => rejection(&read_some(response).await, keys),
+        400..=499 => rejection(&read_some(response).await, key),
         _ => ProviderError::Protocol(format!("status {status}")),
     }
 }
@@ -265,14 +269,14 @@ async fn read_some(response: Response) -> Vec<u8> {
 }
 
 /// Reads `{"error": {"message", "code"}}`, which all providers send in some form.
-fn rejection(body: &[u8], keys: &[String]) -> ProviderError {
+fn rejection(body: &[u8], key: &SecretString) -> ProviderError {
     let value: Value = serde_json::from_slice(body).unwrap_or_default();
-    error_object(&value, keys)
+    error_object(&value, key)
         .unwrap_or_else(|| ProviderError::Rejected("it gave no reason".to_owned()))
 }
 
-/// The failure that an `error` member tells of, if there is one. `keys` are what a provider may quote back and nobody is to read.
-pub(super) fn error_object(value: &Value, keys: &[String]) -> Option<ProviderError> {
+/// The failure that an `error` member tells of, if there is one. `key` is what a provider may quote back and nobody is to read.
+pub(super) fn error_object(value: &Value, key: &SecretString) -> Option<ProviderError> {
     let error = value.get("error").filter(|error| !error.is_null())?;
     let text = |key: &str| error.get(key).and_then(Value::as_str).unwrap_or_default();
     let message = error.as_str().unwrap_or_else(|| text("message"));
@@ -296,33 +300,16 @@ pub(super) fn error_object(value: &Value, keys: &[String]) -> Option<ProviderErr
             ProviderError::Unavailable(kind.to_owned().into())
         }
         (_, "authentication_error" | "permission_error") => ProviderError::Credentials,
-        _ => ProviderError::Rejected(shortened(&without_secrets(message, keys), 300)),
+        _ => ProviderError::Rejected(shortened(&without_secrets(message, key), 300)),
     })
 }
 
-/// The credentials that a request goes out with.
-fn keys_of(request: &RequestBuilder) -> Vec<String> {
-    let request = request.try_clone().and_then(|request| request.build().ok());
-    let headers = request.map(|request| request.headers().clone());
-    let headers = headers.unwrap_or_default();
-    [
-        AUTHORIZATION.as_str(),
-        "x-api-key",
-        "x-goog-api-key",
-        "api-key",
-    ]
-    .iter()
-    .filter_map(|name| headers.get(*name)?.to_str().ok())
-    .map(|value| value.trim_start_matches("Bearer ").to_owned())
-    .filter(|key| key.len() >= 8)
-    .collect()
-}
-
 /// A provider that quotes our key back, or part of it, must not have it passed on.
-fn without_secrets(message: &str, keys: &[String]) -> String {
+fn without_secrets(message: &str, key: &SecretString) -> String {
     let mut message = message.to_owned();
-    for key in keys {
-        message = message.replace(key, "[key]");
+    // Where no key is needed one such as `none` is set.
+    if key.expose_secret().len() >= 8 {
+        message = message.replace(key.expose_secret(), "[key]");
     }
     let words = message.split_inclusive(char::is_whitespace).map(|word| {
         let secret = word.len() >= 16
@@ -366,28 +353,26 @@ mod tests {
 
     #[test]
     fn a_rejection_tells_its_reason_but_no_key() {
+        let none = SecretString::default();
         let body = br#"{"error":{"message":"Incorrect API key provided: sk-abcdefghijklmnop. See the docs.","type":"invalid_request_error","code":null}}"#;
-        let ProviderError::Rejected(reason) = rejection(body, &[]) else {
+        let ProviderError::Rejected(reason) = rejection(body, &none) else {
             panic!("not rejected")
         };
         assert_eq!(reason, "Incorrect API key provided: [key] See the docs.");
         // Whatever a key looks like, the one that the request went out with is not passed on.
-        let _ = rustls::crypto::ring::default_provider().install_default();
-        let request = reqwest::Client::new()
-            .get("http://localhost")
-            .bearer_auth("gsk_4711abc");
+        let key = SecretString::from("gsk_4711abc");
         let body = br#"{"error":{"message":"The key 'gsk_4711abc' is no good."}}"#;
-        let ProviderError::Rejected(reason) = rejection(body, &keys_of(&request)) else {
+        let ProviderError::Rejected(reason) = rejection(body, &key) else {
             panic!("not rejected")
         };
         assert_eq!(reason, "The key '[key]' is no good.");
         assert!(matches!(
-            rejection(b"<html>", &[]),
+            rejection(b"<html>", &none),
             ProviderError::Rejected(_)
         ));
         let body = br#"{"error":{"message":"This model's maximum context length is 8192 tokens.","code":"context_length_exceeded"}}"#;
         assert!(matches!(
-            rejection(body, &[]),
+            rejection(body, &none),
             ProviderError::ContextTooLong
         ));
     }

@@ -96,13 +96,16 @@ impl Provider for OpenAi {
             post = post.bearer_auth(self.key.expose_secret());
         }
         let permit = request.permit.as_deref();
-        let mut reader = Reader::default();
+        let mut reader = Reader {
+            key: self.key.clone(),
+            ..Reader::default()
+        };
         if request.whole {
-            let mut events = reader.read(&self.client.answer(post, permit).await?)?;
+            let mut events = reader.read(&self.client.answer(post, permit, &self.key).await?)?;
             events.push(reader.finish(prompt_bytes)?);
             return Ok(futures::stream::iter(events).map(Ok).boxed());
         }
-        let mut events = self.client.events(post, permit).await?.boxed();
+        let mut events = self.client.events(post, permit, &self.key).await?.boxed();
         let stream = async_stream::try_stream! {
             while let Some(data) = events.next().await {
                 let data = data?;
@@ -396,6 +399,8 @@ struct CompletionDetails {
 /// Reads the chunks of one answer.
 #[derive(Default)]
 struct Reader {
+    /// What an error in the middle may quote.
+    key: SecretString,
     /// Ours by the provider's index: some count from 1, or give every call the same one.
     calls: HashMap<usize, usize>,
     begun: usize,
@@ -412,7 +417,7 @@ impl Reader {
         })?;
         if let Some(error) = chunk.error.filter(|error| !error.is_null()) {
             return Err(
-                error_object(&json!({"error": error}), &[]).unwrap_or_else(|| {
+                error_object(&json!({"error": error}), &self.key).unwrap_or_else(|| {
                     ProviderError::Protocol("an error without a message".to_owned())
                 }),
             );
@@ -538,6 +543,20 @@ mod tests {
             panic!("it has finished")
         };
         assert_eq!(reason, FinishReason::Stop);
+    }
+
+    #[test]
+    fn an_error_in_the_middle_quotes_no_key() {
+        let mut reader = Reader {
+            key: SecretString::from("gsk_4711abc"),
+            ..Reader::default()
+        };
+        let error = json!({"error": {"message": "gsk_4711abc is over its quota."}});
+        let error = reader.read(error.to_string().as_bytes()).unwrap_err();
+        assert!(
+            error.to_string().ends_with("[key] is over its quota."),
+            "{error}"
+        );
     }
 
     #[test]

@@ -166,6 +166,15 @@ pub fn is_deeper_than(text: &[u8], most: usize) -> bool {
     false
 }
 
+/// The beginning of a text that a model is to read, of at most `most` bytes, and that it was cut if it was.
+pub fn cut(mut text: String, most: usize) -> String {
+    if text.len() > most {
+        text.truncate(text.floor_char_boundary(most));
+        text.push_str("\n[cut here: it is longer]");
+    }
+    text
+}
+
 /// Reads a value as something that is shown as it is written. Serde takes a list of an object's members for the object; callers do not mean it.
 ///
 /// # Errors

@@ -6,8 +6,8 @@ use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::Task;
 use super::expectation::{Confidence, Dimension};
+use super::{Task, cut};
 use crate::event::as_timestamp;
 
 /// How many look at the work, independently of each other.
@@ -272,29 +272,21 @@ pub fn material(task: &Task) -> String {
     };
     let output = document.result.as_ref().map(|result| &result.stdout);
     let output = output.map_or("", String::as_str);
-    let _ = write!(text, "\n\n<work>\n{}\n</work>", cut(output, SHOWN));
+    let _ = write!(
+        text,
+        "\n\n<work>\n{}\n</work>",
+        cut(output.to_owned(), SHOWN)
+    );
     let share = SHOWN / document.outcomes.len().max(1);
     for outcome in &document.outcomes {
         let shown = json!(outcome).to_string();
-        let _ = write!(text, "\n\n<outcome>\n{}\n</outcome>", cut(&shown, share));
+        let _ = write!(text, "\n\n<outcome>\n{}\n</outcome>", cut(shown, share));
     }
     text
 }
 
 /// The most bytes of work that a reviewer is shown, and of what it left behind: all of it must fit into the judge's window.
 const SHOWN: usize = 200_000;
-
-fn cut(text: &str, most: usize) -> std::borrow::Cow<'_, str> {
-    if text.len() <= most {
-        return text.into();
-    }
-    format!(
-        "{}\n[cut here: it is {} bytes long]",
-        &text[..text.floor_char_boundary(most)],
-        text.len()
-    )
-    .into()
-}
 
 /// How one expectation came out.
 #[derive(Debug, Clone, PartialEq, Serialize, utoipa::ToSchema)]

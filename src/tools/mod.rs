@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::agent::Toolbox;
 use crate::llm::{Tool, ToolCall};
 use crate::store::{AgentRow, ProjectDb};
-use crate::task::{DEEPEST, ExpectedOutcome, is_deeper_than};
+use crate::task::{DEEPEST, ExpectedOutcome, cut, is_deeper_than};
 
 mod http_fetch;
 mod memory;
@@ -138,7 +138,7 @@ impl Toolbox for ServerTools {
             }
             _ => memory::call(&self.db, &self.agent, call).await,
         }
-        .map(cut)
+        .map(|result| cut(result, RESULT_LIMIT))
     }
 
     fn is_repeatable(&self, call: &ToolCall) -> bool {
@@ -176,14 +176,6 @@ fn arguments<T: DeserializeOwned>(call: &ToolCall) -> Result<T, String> {
     }
     serde_json::from_str(text)
         .map_err(|error| format!("The arguments of `{}` cannot be used: {error}.", call.name))
-}
-
-fn cut(mut result: String) -> String {
-    if result.len() > RESULT_LIMIT {
-        result.truncate(result.floor_char_boundary(RESULT_LIMIT));
-        result.push_str("\n[cut here: it is longer]");
-    }
-    result
 }
 
 #[cfg(test)]
@@ -224,7 +216,7 @@ mod tests {
     #[test]
     fn a_long_result_is_cut_where_a_character_ends_and_says_so() {
         let long = "é".repeat(RESULT_LIMIT);
-        let cut = cut(format!("a{long}"));
+        let cut = cut(format!("a{long}"), RESULT_LIMIT);
         assert!(cut.len() < RESULT_LIMIT + 64);
         assert!(cut.ends_with("é\n[cut here: it is longer]"));
     }

@@ -62,20 +62,20 @@ pub(super) struct Question<'a> {
 
 impl Question<'_> {
     /// What a model is sent for it, and the form that its answer must have.
-    fn request(&self, model: String, held: &Held) -> Result<(ModelRequest, OutputFormat)> {
+    fn request(self, model: String, held: &Held) -> Result<(ModelRequest, OutputFormat)> {
         let response_format = ResponseFormat::JsonSchema {
             name: self.name.to_owned(),
             description: None,
-            schema: self.schema.clone(),
+            schema: self.schema,
             strict: None,
         };
         let format =
             OutputFormat::new(&response_format).map_err(|error| WorkError::Defect(error.into()))?;
-        let text = self.user.clone();
+        let text = self.user;
         let content = vec![Part::Text { text }];
         let request = ModelRequest {
             model,
-            system: Some(self.system.clone()),
+            system: Some(self.system),
             messages: vec![Message::User { content }],
             response_format,
             whole: true,
@@ -117,13 +117,13 @@ pub(super) async fn ask(
     question: Question<'_>,
     about: Id<ids::Task>,
 ) -> Result<std::result::Result<String, String>> {
-    let question_name = question.name.to_owned();
+    let name = question.name;
     let answer = pose(held, question).await?;
     if let Some(usage) = &answer.usage
         && let Err(error) = held.lease.db.record_call(about, usage).await
     {
         // The answer was paid for, and counts without its entry in the account.
-        tracing::error!(task = %about, "what a {} used is not on the account: {error}", question_name);
+        tracing::error!(task = %about, "what a {name} used is not on the account: {error}");
     }
     Ok(answer.text)
 }
@@ -147,6 +147,7 @@ pub(super) async fn pose(held: &Held, question: Question<'_>) -> Result<Answer> 
         Ok(model) => model,
         Err(cause) => return Ok(Answer::none(cause)),
     };
+    let asked = question.name;
     let (request, format) = question.request(model, held)?;
     let course = Course::chat(format, Repair::Once);
     let mut turn = std::pin::pin!(agent::turn(provider, request, course, Arc::new(NoTools)));
@@ -187,7 +188,7 @@ pub(super) async fn pose(held: &Held, question: Question<'_>) -> Result<Answer> 
                         let told = error.told();
                         tracing::warn!(
                             project = %held.lease.db.project(), job = ?held.lease.job, model = name,
-                            "a {} has no answer: {told}", question.name
+                            "a {asked} has no answer: {told}"
                         );
                         Err(without_nul(&told))
                     }

@@ -282,6 +282,8 @@ struct Sitting<'a> {
     model: String,
     next: i32,
     reviews: HashMap<(usize, usize), std::result::Result<Review, String>>,
+    /// Check by check: tells what is asked from what was asked before.
+    fingerprints: Vec<String>,
 }
 
 /// Judges a task's work by its expectations; they may come back corrected.
@@ -370,6 +372,10 @@ async fn sit(
         model: model.to_owned(),
         next: 0,
         reviews: HashMap::new(),
+        fingerprints: asked
+            .iter()
+            .map(|asked| asked.question(task, model).fingerprint())
+            .collect(),
     };
     sitting.recall(&asked).await?;
     sitting.ask_all(&asked).await?;
@@ -407,7 +413,7 @@ impl Sitting<'_> {
                 continue;
             };
             // People may have changed what is asked since, while the task was paused.
-            if step.body["question"] != asked.question(self.task, &self.model).fingerprint() {
+            if step.body["question"] != *self.fingerprints[check] {
                 continue;
             }
             let said = match step.body["failure"].as_str() {
@@ -458,7 +464,7 @@ impl Sitting<'_> {
             };
             body["round"] = json!(self.round);
             body["check"] = json!(check);
-            body["question"] = json!(asked[check].question(self.task, &self.model).fingerprint());
+            body["question"] = json!(self.fingerprints[check]);
             body["reviewer"] = json!(reviewer);
             self.reviews.insert((check, reviewer), said);
             let events = self.progress(check, reviewer, &asked[check], total);

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use super::Result;
 use crate::store::{NeedResult, ProjectDb};
-use crate::task::{Place, Task};
+use crate::task::{Place, Task, cut};
 
 /// The most tasks of a mission that are listed.
 const SIBLINGS: i64 = 40;
@@ -60,11 +60,7 @@ fn results(needs: &[NeedResult]) -> Option<String> {
             _ => String::new(),
         };
         let said = need.stdout.as_deref().unwrap_or_default();
-        let mut one = format!("{said}{outcomes}");
-        if one.len() > share {
-            one.truncate(one.floor_char_boundary(share));
-            one += "\n[cut here: it is longer]";
-        }
+        let one = cut(format!("{said}{outcomes}"), share);
         told += &format!("\n<result of=\"{}\">\n{one}\n</result>", need.title);
     }
     (!told.is_empty()).then(|| format!("The tasks that it waited for came to this:{told}"))

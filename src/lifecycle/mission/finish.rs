@@ -3,8 +3,9 @@
 use chrono::{DateTime, Utc};
 use serde_json::json;
 
+use super::super::Result;
+use super::super::approve::withdraw;
 use super::super::finish::cut_short;
-use super::super::{Result, withdraw};
 use super::advance::seen_of;
 use super::gate::{Operation, Particulars, ask_leave, tell_withdrawn};
 use super::next_look;
