@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 use crate::app::{App, Role};
 use crate::config::Config;
-use crate::embedded::{Cluster, Durability};
+use crate::embedded::{Cluster, Durability, abandoned};
 use crate::seal::{new_master_key, random_secret, sha256};
 use crate::store::{NewAgent, ProjectDb, StoreError, World, migrate};
 
@@ -35,6 +35,12 @@ pub async fn run(
     let cluster = Cluster::start(&config.home, Durability::Full)
         .await
         .context("the database cannot start")?;
+    for data in abandoned() {
+        tracing::warn!(
+            "{} holds the database of a POLPO_HOME that is gone; remove it if that one is not coming back",
+            data.display()
+        );
+    }
     let served = serve(&mut config, &cluster, build, stop).await;
     let stopped = cluster
         .stop()

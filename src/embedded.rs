@@ -103,6 +103,9 @@ struct Place {
     user: Option<User>,
 }
 
+/// Where root's clusters are whose user cannot pass through the home's parents. Beside each lies a file that names its home.
+const ELSEWHERE: &str = "/var/lib/polpo";
+
 /// How long the server may take to start or stop.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -189,6 +192,37 @@ impl Cluster {
     }
 }
 
+/// The data that lies outside a home which is gone, for someone to remove: nothing else would ever tell them of it.
+#[must_use]
+pub fn abandoned() -> Vec<PathBuf> {
+    abandoned_in(Path::new(ELSEWHERE))
+}
+
+fn abandoned_in(place: &Path) -> Vec<PathBuf> {
+    let Ok(entries) = fs::read_dir(place) else {
+        return Vec::new();
+    };
+    let mut found: Vec<PathBuf> = entries
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|note| note.extension().is_some_and(|kind| kind == "home"))
+        .filter(|note| {
+            fs::read_to_string(note).is_ok_and(|home| !Path::new(home.trim_end()).exists())
+        })
+        .map(|note| note.with_extension(""))
+        .filter(|cluster| cluster.exists())
+        .collect();
+    found.sort();
+    found
+}
+
+/// Writes a path into a file, with the directory that holds it.
+fn note(file: &Path, path: &Path) -> Result<(), EmbeddedError> {
+    if let Some(directory) = file.parent() {
+        fs::create_dir_all(directory).map_err(io_error("cannot create", directory))?;
+    }
+    fs::write(file, format!("{}\n", path.display())).map_err(io_error("cannot write", file))
+}
+
 fn lock(home: &Path) -> Result<Flock<File>, EmbeddedError> {
     let path = home.join("lock");
     let file = File::options()
@@ -217,10 +251,9 @@ impl Place {
             home.join("postgres")
         } else {
             // The user cannot pass through the home's parents.
-            let elsewhere = Path::new("/var/lib/polpo").join(&name);
-            let note = home.join("postgres.path");
-            fs::write(&note, format!("{}\n", elsewhere.display()))
-                .map_err(io_error("cannot write", &note))?;
+            let elsewhere = Path::new(ELSEWHERE).join(&name);
+            note(&home.join("postgres.path"), &elsewhere)?;
+            note(&elsewhere.with_extension("home"), home)?;
             elsewhere
         };
         let sockets = std::env::temp_dir().join(format!("polpo-{name}"));
@@ -546,6 +579,7 @@ mod tests {
 
     impl Drop for Swept {
         fn drop(&mut self) {
+            let _ = fs::remove_file(self.0.with_extension("home"));
             let _ = fs::remove_dir_all(&self.0);
         }
     }
@@ -611,6 +645,19 @@ mod tests {
             "{refused}"
         );
         fs::remove_dir(&place.sockets).unwrap();
+    }
+
+    #[test]
+    fn data_whose_home_is_gone_is_found() {
+        let place = tempfile::tempdir().unwrap();
+        let home = tempfile::tempdir().unwrap();
+        for cluster in ["kept", "left"] {
+            fs::create_dir(place.path().join(cluster)).unwrap();
+        }
+        note(&place.path().join("kept.home"), home.path()).unwrap();
+        note(&place.path().join("left.home"), &home.path().join("gone")).unwrap();
+        note(&place.path().join("removed.home"), &home.path().join("gone")).unwrap();
+        assert_eq!(abandoned_in(place.path()), [place.path().join("left")]);
     }
 
     #[test]

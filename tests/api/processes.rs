@@ -497,6 +497,7 @@ impl Home {
                 .args(["-QUIT", pid])
                 .status();
         }
+        let _ = std::fs::remove_file(cluster.with_extension("home"));
         let _ = std::fs::remove_dir_all(cluster);
         let _ = std::fs::remove_dir_all(&self.0);
     }
