@@ -656,7 +656,11 @@ mod tests {
         }
         note(&place.path().join("kept.home"), home.path()).unwrap();
         note(&place.path().join("left.home"), &home.path().join("gone")).unwrap();
-        note(&place.path().join("removed.home"), &home.path().join("gone")).unwrap();
+        note(
+            &place.path().join("removed.home"),
+            &home.path().join("gone"),
+        )
+        .unwrap();
         assert_eq!(abandoned_in(place.path()), [place.path().join("left")]);
     }
 

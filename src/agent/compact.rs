@@ -5,7 +5,8 @@ use futures::StreamExt;
 
 use super::TurnError;
 use crate::llm::{
-    Message, ModelEvent, ModelRequest, Part, Provider, ProviderError, ResponseFormat, Usage,
+    Message, ModelEvent, ModelRequest, Part, Provider, ProviderError, ProviderState,
+    ResponseFormat, Usage,
 };
 
 /// How a conversation was shortened.
@@ -151,12 +152,15 @@ fn size(message: &Message) -> usize {
         Message::Assistant {
             content,
             tool_calls,
+            state,
         } => {
             let calls: usize = tool_calls
                 .iter()
                 .map(|call| call.arguments.len() + call.name.len())
                 .sum();
-            content.as_ref().map_or(0, String::len) + calls
+            content.as_ref().map_or(0, String::len)
+                + calls
+                + state.as_ref().map_or(0, ProviderState::size)
         }
         Message::User { content } => content
             .iter()
@@ -342,6 +346,7 @@ fn tell(told: &mut String, message: &Message) {
         Message::Assistant {
             content,
             tool_calls,
+            ..
         } => {
             if let Some(content) = content {
                 *told += &format!("Agent: {content}\n\n");
@@ -374,6 +379,7 @@ mod tests {
                     name: "look".to_owned(),
                     arguments: "{}".to_owned(),
                 }],
+                state: None,
             });
             messages.push(Message::Tool {
                 tool_call_id: id,

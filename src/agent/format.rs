@@ -92,6 +92,7 @@ impl OutputFormat {
         let Message::Assistant {
             content,
             tool_calls,
+            ..
         } = &step.message
         else {
             return Ok(());

@@ -8,8 +8,8 @@ use std::sync::Arc;
 use futures::{Stream, StreamExt};
 
 use crate::llm::{
-    FinishReason, Message, ModelEvent, ModelRequest, Provider, ProviderError, ToolCall, ToolChoice,
-    Usage,
+    FinishReason, Message, ModelEvent, ModelRequest, Provider, ProviderError, ProviderState,
+    ToolCall, ToolChoice, Usage,
 };
 
 mod compact;
@@ -28,7 +28,7 @@ pub const MODEL_CALLS: u32 = 20;
 /// What happens in a turn, in order.
 #[derive(Debug, Clone, PartialEq)]
 pub enum TurnEvent {
-    /// More of the answer, as the model says it. Never [`ModelEvent::Finished`], and of tool calls only the
+    /// More of the answer, as the model says it. Never [`ModelEvent::State`] or [`ModelEvent::Finished`], and of tool calls only the
     /// caller's, counted from 0 among themselves.
     Delta(ModelEvent),
     /// The words that come next follow others, said before a tool was called: they are a paragraph of their own.
@@ -312,6 +312,7 @@ impl<'a> Places<'a> {
                     piece,
                 }))
             }
+            ModelEvent::State(_) => None,
             event => Some(TurnEvent::Delta(event)),
         }
     }
@@ -322,6 +323,7 @@ impl<'a> Places<'a> {
 pub struct Answer {
     text: String,
     tool_calls: Vec<ToolCall>,
+    state: Option<ProviderState>,
 }
 
 impl Answer {
@@ -339,6 +341,7 @@ impl Answer {
                     call.arguments.push_str(piece);
                 }
             }
+            ModelEvent::State(state) => self.state = Some(state.clone()),
             ModelEvent::Reasoning(_) | ModelEvent::Finished { .. } => {}
         }
     }
@@ -359,6 +362,7 @@ impl Answer {
         Message::Assistant {
             content,
             tool_calls: self.tool_calls,
+            state: self.state,
         }
     }
 

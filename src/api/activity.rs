@@ -105,6 +105,16 @@ fn entry(step: &StepRow) -> Value {
         StepKind::Review => "review",
     };
     let mut data = step.body.clone();
+    let said = match step.kind {
+        StepKind::Compaction => data["messages"]
+            .as_array_mut()
+            .map_or(&mut [][..], Vec::as_mut_slice),
+        _ => std::slice::from_mut(&mut data["message"]),
+    };
+    for message in said.iter_mut().filter_map(Value::as_object_mut) {
+        // What a provider wants back is its own, and sealed.
+        message.remove("state");
+    }
     redact(&mut data);
     json!({"ts": timestamp(step.created_at), "event": event, "step": step.number, "data": data})
 }

@@ -159,6 +159,7 @@ fn read_message(index: usize, message: ChatMessage) -> Result<Message, ApiError>
             Ok(Message::Assistant {
                 content,
                 tool_calls,
+                state: None,
             })
         }
         "tool" => {

@@ -261,6 +261,7 @@ pub fn assistant_message(message: &Message, reasoning: &str) -> Value {
     if let Message::Assistant {
         content,
         tool_calls,
+        ..
     } = message
     {
         object.insert("content".to_owned(), json!(content));
@@ -350,7 +351,7 @@ impl ChunkWriter {
             ModelEvent::ToolCallArguments { index, piece } => {
                 json!({"tool_calls": [{"index": index, "function": {"arguments": piece}}]}).to_string()
             }
-            ModelEvent::Finished { .. } => return,
+            ModelEvent::State(_) | ModelEvent::Finished { .. } => return,
         };
         self.chunk(into, &delta, None);
     }

@@ -375,6 +375,7 @@ fn stored(index: usize, message: ImportMessage) -> Result<Vec<NewMessage>, ApiEr
                         .map_or_else(|| "{}".to_owned(), text_of),
                 })
                 .collect(),
+            state: None,
         }],
         _ => {
             let at = format!("messages[{index}].role");
@@ -436,6 +437,7 @@ pub(super) fn views(rows: Vec<MessageRow>) -> Result<Vec<MessageView>, ApiError>
             Message::Assistant {
                 content,
                 tool_calls,
+                ..
             } => (
                 "assistant",
                 content.unwrap_or_default(),

@@ -182,6 +182,7 @@ impl Progress {
             messages.push(Message::Assistant {
                 content: Some(self.answer.text().to_owned()),
                 tool_calls: Vec::new(),
+                state: None,
             });
         }
         messages
@@ -197,6 +198,7 @@ fn kept(step: &Step) -> Message {
         ) => Message::Assistant {
             content: Some(content.clone().unwrap_or_default()),
             tool_calls: Vec::new(),
+            state: None,
         },
         (message, _) => message.clone(),
     }

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use super::http::{HttpClient, error_object};
 use super::{
     Effort, FinishReason, Message, ModelEvent, ModelRequest, ModelStream, Part, Provider,
-    ProviderError, ToolChoice, Usage,
+    ProviderError, ProviderState, ToolCall, ToolChoice, Usage,
 };
 
 /// The API wants a limit; this is what every current model can write.
@@ -50,6 +50,7 @@ impl Provider for Anthropic {
             .header("x-api-key", self.key.expose_secret())
             .header("anthropic-version", "2023-06-01")
             .json(&body(&request)?);
+        let of = of(&request.model);
         let permit = request.permit.as_deref();
         let mut events = self.client.events(post, permit, &self.key).await?.boxed();
         let mut reader = Reader {
@@ -65,7 +66,9 @@ impl Provider for Anthropic {
                     break;
                 }
             }
-            yield reader.finish()?;
+            for event in reader.finish(of)? {
+                yield event;
+            }
         };
         Ok(stream.boxed())
     }
@@ -96,11 +99,14 @@ fn body(request: &ModelRequest) -> Result<Value, ProviderError> {
         }
     };
     let answer_tokens = sampling.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
-    // What it thought before it called a tool is not kept, and the API wants it back if it is to think on: it does not, until the caller speaks again.
-    let thinking = request
+    let adaptive = thinks_adaptively(&request.model);
+    let of = of(&request.model);
+    // With a number of tokens to think, the API wants back what was thought before each call: where that is missing, it does not
+    // think on until the caller speaks again.
+    let effort = request
         .reasoning
-        .filter(|_| !is_amid_calls(&request.messages))
-        .and_then(thinking_tokens);
+        .filter(|_| adaptive || all_thoughts_are_known(&request.messages, &of));
+    let thinking = effort.and_then(thinking_tokens);
     set("model", json!(request.model));
     set("stream", json!(true));
     // Thinking counts into the limit, and the limit must be above it.
@@ -109,12 +115,21 @@ fn body(request: &ModelRequest) -> Result<Value, ProviderError> {
         json!(answer_tokens.saturating_add(thinking.unwrap_or(0))),
     );
     set("system", json!(request.system));
-    set("messages", messages(&request.messages));
-    if let Some(tokens) = thinking {
-        set(
+    set("messages", messages(&request.messages, &of));
+    match (effort, thinking) {
+        (Some(effort), Some(_)) if adaptive => {
+            // Left to itself it does not tell what it thinks.
+            set(
+                "thinking",
+                json!({"type": "adaptive", "display": "summarized"}),
+            );
+            set("output_config", json!({"effort": effort_word(effort)}));
+        }
+        (_, Some(tokens)) => set(
             "thinking",
             json!({"type": "enabled", "budget_tokens": tokens}),
-        );
+        ),
+        _ => {}
     }
     // While it thinks, the API takes no other temperature than its own.
     if thinking.is_none() {
@@ -144,6 +159,38 @@ fn body(request: &ModelRequest) -> Result<Value, ProviderError> {
     Ok(Value::Object(body))
 }
 
+/// Whose the states are that come with this model's answers.
+fn of(model: &str) -> String {
+    format!("anthropic:{model}")
+}
+
+/// Whether a model decides itself how long it thinks, and refuses a number of tokens: Claude from 4.6 on ("Adaptive thinking"). Older ones,
+/// and what others serve in this format, take a number.
+fn thinks_adaptively(model: &str) -> bool {
+    let Some((_, name)) = model.split_once("claude-") else {
+        return false;
+    };
+    // `opus-4-7`, `sonnet-4-5-20250929`, `3-7-sonnet-latest`, `opus-4-20250514`
+    let mut version = name
+        .split(['-', '.', '@', ':'])
+        .filter_map(|part| part.parse::<u32>().ok())
+        .filter(|number| *number < 1_000);
+    match version.next() {
+        Some(major) => (major, version.next().unwrap_or(0)) >= (4, 6),
+        None => true,
+    }
+}
+
+fn effort_word(effort: Effort) -> &'static str {
+    match effort {
+        Effort::Off | Effort::Minimal | Effort::Low => "low",
+        Effort::Medium => "medium",
+        Effort::High => "high",
+        Effort::Xhigh => "max",
+    }
+}
+
+/// What thinking adds to the limit, and how much of it older models are given.
 fn thinking_tokens(effort: Effort) -> Option<u32> {
     match effort {
         Effort::Off => None,
@@ -171,17 +218,22 @@ fn tool_choice(request: &ModelRequest) -> Value {
     choice
 }
 
-/// Whether the last that the user said is followed by calls of tools.
-fn is_amid_calls(messages: &[Message]) -> bool {
+/// Whether what was thought before each call since the user last spoke can be given back.
+fn all_thoughts_are_known(messages: &[Message], of: &str) -> bool {
     messages
         .iter()
         .rev()
         .take_while(|message| !matches!(message, Message::User { .. } | Message::System { .. }))
-        .any(|message| matches!(message, Message::Assistant { tool_calls, .. } if !tool_calls.is_empty()))
+        .all(|message| match message {
+            Message::Assistant {
+                tool_calls, state, ..
+            } => tool_calls.is_empty() || ProviderState::for_model(state.as_ref(), of).is_some(),
+            _ => true,
+        })
 }
 
 /// The conversation in alternating turns: neighbours of one role are joined, and what tools returned is said by the user.
-fn messages(messages: &[Message]) -> Value {
+fn messages(messages: &[Message], of: &str) -> Value {
     let mut turns: Vec<(&'static str, Vec<Value>)> = Vec::new();
     for message in messages {
         let (role, blocks) = match message {
@@ -202,19 +254,22 @@ fn messages(messages: &[Message]) -> Value {
             Message::Assistant {
                 content,
                 tool_calls,
+                state,
             } => {
-                // The API refuses empty text.
-                let text = content
-                    .iter()
-                    .filter(|text| !text.trim().is_empty())
-                    .map(|text| text_block(text));
-                let calls = tool_calls.iter().map(|call| {
-                    // The API takes objects alone. A call that was cut off, or another model's, must not make a conversation unusable for good.
-                    let input = serde_json::from_str::<Map<String, Value>>(&call.arguments);
-                    let input = input.unwrap_or_default();
-                    json!({"type": "tool_use", "id": call.id, "name": call.name, "input": input})
-                });
-                ("assistant", text.chain(calls).collect())
+                let given = ProviderState::for_model(state.as_ref(), of).and_then(Value::as_array);
+                let blocks = match given {
+                    Some(given) => given
+                        .iter()
+                        .filter_map(|block| given_back(block, tool_calls))
+                        .collect(),
+                    None => content
+                        .iter()
+                        .map(|text| text_block(text))
+                        .filter(|block| !is_blank(block))
+                        .chain(tool_calls.iter().map(tool_use))
+                        .collect(),
+                };
+                ("assistant", blocks)
             }
         };
         match turns.last_mut() {
@@ -227,6 +282,31 @@ fn messages(messages: &[Message]) -> Value {
         .into_iter()
         .map(|(role, content)| json!({"role": role, "content": content}))
         .collect()
+}
+
+/// A block as it was given; of a call only its id is kept, the rest stands in the message.
+fn given_back(block: &Value, calls: &[ToolCall]) -> Option<Value> {
+    match block["type"].as_str() {
+        Some("tool_use") => {
+            let made = calls.iter().find(|call| block["id"] == call.id.as_str());
+            made.map(tool_use)
+        }
+        _ => (!is_blank(block)).then(|| block.clone()),
+    }
+}
+
+/// Whether it is a text that says nothing, which the API refuses.
+fn is_blank(block: &Value) -> bool {
+    block["type"] == "text"
+        && block["text"]
+            .as_str()
+            .is_none_or(|text| text.trim().is_empty())
+}
+
+fn tool_use(call: &ToolCall) -> Value {
+    // The API takes objects alone. A call that was cut off, or another model's, must not make a conversation unusable for good.
+    let input = serde_json::from_str::<Map<String, Value>>(&call.arguments).unwrap_or_default();
+    json!({"type": "tool_use", "id": call.id, "name": call.name, "input": input})
 }
 
 fn text_block(text: &str) -> Value {
@@ -255,7 +335,7 @@ enum Event {
         message: Start,
     },
     ContentBlockStart {
-        content_block: Block,
+        content_block: Value,
     },
     ContentBlockDelta {
         delta: Delta,
@@ -278,23 +358,14 @@ struct Start {
 }
 
 #[derive(Deserialize)]
-#[serde(tag = "type", rename_all = "snake_case")]
-enum Block {
-    ToolUse {
-        id: String,
-        name: String,
-    },
-    #[serde(other)]
-    Other,
-}
-
-#[derive(Deserialize)]
 #[serde(tag = "type")]
 enum Delta {
     #[serde(rename = "text_delta")]
     Text { text: String },
     #[serde(rename = "thinking_delta")]
     Thinking { thinking: String },
+    #[serde(rename = "signature_delta")]
+    Signature { signature: String },
     #[serde(rename = "input_json_delta")]
     InputJson { partial_json: String },
     #[serde(other)]
@@ -321,6 +392,8 @@ struct Reader {
     /// What an error in the middle may quote.
     key: SecretString,
     calls: usize,
+    /// What the answer consists of, as it was given; of calls the id alone.
+    blocks: Vec<Value>,
     usage: Usage,
     uncached: u64,
     written_to_cache: u64,
@@ -338,19 +411,20 @@ impl Reader {
                 self.count(&message.usage);
                 None
             }
-            Event::ContentBlockStart {
-                content_block: Block::ToolUse { id, name },
-            } => {
-                self.calls += 1;
-                Some(ModelEvent::ToolCallStarted {
-                    index: self.calls - 1,
-                    id,
-                    name,
-                })
-            }
+            Event::ContentBlockStart { content_block } => self.begin(content_block),
             Event::ContentBlockDelta { delta } => match delta {
-                Delta::Text { text } => Some(ModelEvent::Text(text)),
-                Delta::Thinking { thinking } => Some(ModelEvent::Reasoning(thinking)),
+                Delta::Text { text } => {
+                    self.add("text", &text);
+                    Some(ModelEvent::Text(text))
+                }
+                Delta::Thinking { thinking } => {
+                    self.add("thinking", &thinking);
+                    Some(ModelEvent::Reasoning(thinking)).filter(|event| event.bytes() > 0)
+                }
+                Delta::Signature { signature } => {
+                    self.add("signature", &signature);
+                    None
+                }
                 Delta::InputJson { partial_json } if partial_json.is_empty() => None,
                 Delta::InputJson { partial_json } => {
                     let index = self.calls.checked_sub(1).ok_or_else(|| {
@@ -385,11 +459,37 @@ impl Reader {
                     }),
                 );
             }
-            Event::ContentBlockStart {
-                content_block: Block::Other,
-            }
-            | Event::Other => None,
+            Event::Other => None,
         })
+    }
+
+    fn begin(&mut self, block: Value) -> Option<ModelEvent> {
+        if block["type"] != "tool_use" {
+            self.blocks.push(block);
+            return None;
+        }
+        let text = |key: &str| block[key].as_str().unwrap_or_default().to_owned();
+        self.blocks
+            .push(json!({"type": "tool_use", "id": block["id"]}));
+        self.calls += 1;
+        Some(ModelEvent::ToolCallStarted {
+            index: self.calls - 1,
+            id: text("id"),
+            name: text("name"),
+        })
+    }
+
+    /// Adds to a member of the last block.
+    fn add(&mut self, member: &str, more: &str) {
+        let Some(block) = self.blocks.last_mut().and_then(Value::as_object_mut) else {
+            return;
+        };
+        match block.get_mut(member) {
+            Some(Value::String(so_far)) => so_far.push_str(more),
+            _ => {
+                block.insert(member.to_owned(), json!(more));
+            }
+        }
     }
 
     /// Counts are totals so far; those not named stay.
@@ -404,7 +504,7 @@ impl Reader {
         self.usage.completion_tokens = usage.output_tokens.unwrap_or(self.usage.completion_tokens);
     }
 
-    fn finish(self) -> Result<ModelEvent, ProviderError> {
+    fn finish(self, of: String) -> Result<Vec<ModelEvent>, ProviderError> {
         let reason = self.reason.ok_or_else(|| {
             ProviderError::Protocol("the stream was cut before its finish".to_owned())
         })?;
@@ -412,13 +512,24 @@ impl Reader {
             .written_to_cache
             .saturating_add(self.usage.cached_tokens);
         let prompt_tokens = self.uncached.saturating_add(cache);
-        Ok(ModelEvent::Finished {
+        let mut events = Vec::new();
+        let thought = |block: &Value| {
+            block["type"]
+                .as_str()
+                .is_some_and(|kind| kind.ends_with("thinking"))
+        };
+        if self.calls > 0 && self.blocks.iter().any(thought) {
+            let value = Value::Array(self.blocks);
+            events.push(ModelEvent::State(ProviderState { of, value }));
+        }
+        events.push(ModelEvent::Finished {
             reason,
             usage: Usage {
                 prompt_tokens,
                 ..self.usage
             },
-        })
+        });
+        Ok(events)
     }
 }
 
@@ -443,7 +554,7 @@ mod tests {
                 content: "It is not there.".to_owned(),
                 failed,
             };
-            let written = messages(&[result]);
+            let written = messages(&[result], "");
             let told = written[0]["content"][0].get("is_error").cloned();
             assert_eq!(told, failed.then_some(json!(true)));
         }
@@ -457,21 +568,40 @@ mod tests {
                 name: "look".to_owned(),
                 arguments: arguments.to_owned(),
             }],
+            state: None,
         }
     }
 
     #[test]
     fn half_a_call_does_not_make_a_conversation_unusable() {
         for arguments in ["", "{\"a\": ", "[1]", "null"] {
-            let written = messages(&[called(arguments)]);
+            let written = messages(&[called(arguments)], "");
             assert_eq!(written[0]["content"][0]["input"], json!({}), "{arguments}");
         }
-        let written = messages(&[called(r#"{"a": 1}"#)]);
+        let written = messages(&[called(r#"{"a": 1}"#)], "");
         assert_eq!(written[0]["content"][0]["input"], json!({"a": 1}));
     }
 
     #[test]
-    fn it_thinks_on_after_the_user_has_spoken_and_not_amid_calls() {
+    fn models_are_told_how_much_to_think_in_the_words_of_their_generation() {
+        for (model, expect) in [
+            ("claude-3-7-sonnet-latest", false),
+            ("claude-opus-4-20250514", false),
+            ("claude-opus-4-1", false),
+            ("claude-sonnet-4-5-20250929", false),
+            ("claude-opus-4-6", true),
+            ("claude-sonnet-4-6@20260217", true),
+            ("anthropic/claude-opus-4.7", true),
+            ("claude-haiku-5", true),
+            ("claude-mythos-preview", true),
+            ("deepseek-chat", false),
+        ] {
+            assert_eq!(thinks_adaptively(model), expect, "{model}");
+        }
+    }
+
+    #[test]
+    fn it_thinks_on_amid_calls_where_its_thoughts_are_known() {
         let said = || Message::User {
             content: vec![Part::Text {
                 text: "hi".to_owned(),
@@ -482,8 +612,24 @@ mod tests {
             content: "42".to_owned(),
             failed: false,
         };
-        assert!(!is_amid_calls(&[said()]));
-        assert!(is_amid_calls(&[said(), called("{}"), result()]));
-        assert!(!is_amid_calls(&[said(), called("{}"), result(), said()]));
+        let thought = |of: &str| {
+            let mut message = called("{}");
+            if let Message::Assistant { state, .. } = &mut message {
+                *state = Some(ProviderState {
+                    of: of.to_owned(),
+                    value: json!([]),
+                });
+            }
+            message
+        };
+        for (conversation, expect) in [
+            (vec![said()], true),
+            (vec![said(), called("{}"), result()], false),
+            (vec![said(), thought("me"), result()], true),
+            (vec![said(), thought("another"), result()], false),
+            (vec![said(), called("{}"), result(), said()], true),
+        ] {
+            assert_eq!(all_thoughts_are_known(&conversation, "me"), expect);
+        }
     }
 }

@@ -17,6 +17,7 @@ mod echo;
 mod http;
 mod openai;
 mod providers;
+mod responses;
 mod sse;
 
 pub use echo::Echo;
@@ -176,6 +177,9 @@ pub enum Message {
         /// The tools it called, in order.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         tool_calls: Vec<ToolCall>,
+        /// What its provider wants back with the tools' results.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        state: Option<ProviderState>,
     },
     /// What a tool returned.
     Tool {
@@ -187,6 +191,38 @@ pub enum Message {
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         failed: bool,
     },
+}
+
+/// What a provider gave with an answer that calls tools and wants back with their results: its thoughts, sealed or signed. Without
+/// it some refuse to go on, and others think anew. Nobody but the adapter that made it looks into it, and no caller is shown it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ProviderState {
+    /// The provider and model that it is of: no other can read it.
+    of: String,
+    /// In the provider's own words.
+    value: Value,
+}
+
+impl ProviderState {
+    /// What stands in it, for the model that it is of.
+    fn for_model<'a>(state: Option<&'a Self>, of: &str) -> Option<&'a Value> {
+        state
+            .filter(|state| state.of == of)
+            .map(|state| &state.value)
+    }
+
+    /// About how many bytes a model reads of it.
+    pub fn size(&self) -> usize {
+        fn texts(value: &Value) -> usize {
+            match value {
+                Value::String(text) => text.len(),
+                Value::Array(items) => items.iter().map(texts).sum(),
+                Value::Object(members) => members.values().map(texts).sum(),
+                _ => 0,
+            }
+        }
+        texts(&self.value)
+    }
 }
 
 impl Message {
@@ -260,6 +296,8 @@ pub enum ModelEvent {
         /// The next piece of its JSON text.
         piece: String,
     },
+    /// What is to be given back with the results of the tools that the answer calls. Right before its end, if at all.
+    State(ProviderState),
     /// The end of a whole answer.
     Finished {
         /// Why the model stopped.
@@ -276,6 +314,7 @@ impl ModelEvent {
             Self::Text(text) | Self::Reasoning(text) => text.len(),
             Self::ToolCallArguments { piece, .. } => piece.len(),
             Self::ToolCallStarted { name, .. } => name.len(),
+            Self::State(state) => state.size(),
             Self::Finished { .. } => 0,
         }
     }

@@ -1,6 +1,7 @@
 //! OpenAI's chat completions, and everything compatible with them.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use futures::StreamExt;
@@ -10,9 +11,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::http::{HttpClient, error_object};
+use super::responses::{self, AskedThere};
 use super::{
     Effort, FinishReason, Message, ModelEvent, ModelRequest, ModelStream, Part, Provider,
-    ProviderError, ResponseFormat, ToolChoice, Usage,
+    ProviderError, ProviderState, ResponseFormat, ToolCall, ToolChoice, Usage,
 };
 
 /// Where a compatible provider departs from OpenAI.
@@ -26,6 +28,13 @@ pub(super) struct Dialect {
     json_schema: bool,
     /// Whether it takes `logit_bias`.
     logit_bias: bool,
+    /// Whether it has the Responses API too, and sends those there who ask for what only that one does.
+    responses: bool,
+    /// Whether calls of tools must come with what was thought before them, be it nothing, and `thinking` can be switched off
+    /// (`DeepSeek`, "Thinking mode").
+    thoughts_with_calls: bool,
+    /// Whether calls of tools must be signed, from a generation on (Google, "Thought signatures").
+    signed_calls: bool,
 }
 
 impl Dialect {
@@ -34,10 +43,18 @@ impl Dialect {
         seed: "seed",
         json_schema: true,
         logit_bias: true,
+        responses: true,
+        thoughts_with_calls: false,
+        signed_calls: false,
     };
     pub(super) const COMPATIBLE: Self = Self {
         max_tokens: "max_tokens",
+        responses: false,
         ..Self::OPENAI
+    };
+    pub(super) const GOOGLE: Self = Self {
+        signed_calls: true,
+        ..Self::COMPATIBLE
     };
     pub(super) const MISTRAL: Self = Self {
         seed: "random_seed",
@@ -47,6 +64,7 @@ impl Dialect {
     pub(super) const DEEPSEEK: Self = Self {
         json_schema: false,
         logit_bias: false,
+        thoughts_with_calls: true,
         ..Self::COMPATIBLE
     };
 }
@@ -54,47 +72,49 @@ impl Dialect {
 /// A provider that speaks OpenAI's format.
 #[derive(Debug)]
 pub(super) struct OpenAi {
-    client: HttpClient,
-    base_url: String,
-    key: SecretString,
-    dialect: Dialect,
-    guarded: bool,
+    pub(super) client: HttpClient,
+    /// The provider's name, which its states bear.
+    pub(super) name: String,
+    pub(super) base_url: String,
+    pub(super) key: SecretString,
+    pub(super) dialect: Dialect,
+    pub(super) guarded: bool,
+    /// Which models answer through the Responses API alone.
+    pub(super) asked_there: Arc<AskedThere>,
 }
 
 impl OpenAi {
-    pub(super) fn new(
-        client: HttpClient,
-        base_url: String,
-        key: SecretString,
-        dialect: Dialect,
-        guarded: bool,
-    ) -> Self {
-        Self {
-            client,
-            base_url,
-            key,
-            dialect,
-            guarded,
-        }
-    }
-}
-
-#[async_trait]
-impl Provider for OpenAi {
-    async fn stream(&self, request: ModelRequest) -> Result<ModelStream, ProviderError> {
-        let body = serde_json::to_vec(&body(&request, self.dialect)?).map_err(|error| {
+    /// A request to be sent, with the key.
+    pub(super) fn post(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<(reqwest::RequestBuilder, usize), ProviderError> {
+        let body = serde_json::to_vec(body).map_err(|error| {
             ProviderError::Protocol(format!("the request cannot be written: {error}"))
         })?;
-        let prompt_bytes = body.len();
+        let bytes = body.len();
         let mut post = self
             .client
             .of(self.guarded)
-            .post(format!("{}/chat/completions", self.base_url))
+            .post(format!("{}/{path}", self.base_url))
             .header(CONTENT_TYPE, "application/json")
             .body(body);
         if !self.key.expose_secret().is_empty() {
             post = post.bearer_auth(self.key.expose_secret());
         }
+        Ok((post, bytes))
+    }
+
+    /// Whose the states are that come with this model's answers.
+    pub(super) fn of(&self, model: &str) -> String {
+        format!("{}:{model}", self.name)
+    }
+
+    async fn complete(&self, request: &ModelRequest) -> Result<ModelStream, ProviderError> {
+        let of = self.of(&request.model);
+        let (post, prompt_bytes) =
+            self.post("chat/completions", &body(request, self.dialect, &of)?)?;
         let permit = request.permit.as_deref();
         let mut reader = Reader {
             key: self.key.clone(),
@@ -102,7 +122,7 @@ impl Provider for OpenAi {
         };
         if request.whole {
             let mut events = reader.read(&self.client.answer(post, permit, &self.key).await?)?;
-            events.push(reader.finish(prompt_bytes)?);
+            events.extend(reader.finish(prompt_bytes, of)?);
             return Ok(futures::stream::iter(events).map(Ok).boxed());
         }
         let mut events = self.client.events(post, permit, &self.key).await?.boxed();
@@ -116,9 +136,30 @@ impl Provider for OpenAi {
                     yield event;
                 }
             }
-            yield reader.finish(prompt_bytes)?;
+            for event in reader.finish(prompt_bytes, of)? {
+                yield event;
+            }
         };
         Ok(stream.boxed())
+    }
+}
+
+#[async_trait]
+impl Provider for OpenAi {
+    async fn stream(&self, request: ModelRequest) -> Result<ModelStream, ProviderError> {
+        if self.asked_there.has(&self.base_url, &request.model) {
+            return responses::stream(self, &request).await;
+        }
+        match self.complete(&request).await {
+            // Its newer models think, and use no tools here while they do. It says so, and where they are to be asked.
+            Err(ProviderError::Rejected(reason))
+                if self.dialect.responses && reason.contains("v1/responses") =>
+            {
+                self.asked_there.add(&self.base_url, &request.model);
+                responses::stream(self, &request).await
+            }
+            answer => answer,
+        }
     }
 
     fn supports_json_schema(&self) -> bool {
@@ -151,7 +192,11 @@ struct Body<'a> {
     tools: Vec<WrittenTool<'a>>,
 }
 
-fn body(request: &ModelRequest, dialect: Dialect) -> Result<Body<'_>, ProviderError> {
+fn body<'a>(
+    request: &'a ModelRequest,
+    dialect: Dialect,
+    of: &str,
+) -> Result<Body<'a>, ProviderError> {
     let tools = request.tools.iter().map(|tool| WrittenTool {
         r#type: "function",
         function: WrittenFunction {
@@ -161,18 +206,39 @@ fn body(request: &ModelRequest, dialect: Dialect) -> Result<Body<'_>, ProviderEr
         },
     });
     Ok(Body {
-        settings: settings(request, dialect)?,
+        settings: settings(request, dialect, of)?,
         tools: tools.collect(),
     })
 }
 
 /// Everything in the body but the tools.
-fn settings(request: &ModelRequest, dialect: Dialect) -> Result<Map<String, Value>, ProviderError> {
+fn settings(
+    request: &ModelRequest,
+    dialect: Dialect,
+    of: &str,
+) -> Result<Map<String, Value>, ProviderError> {
     let system = request
         .system
         .iter()
         .map(|text| json!({"role": "system", "content": text}));
-    let messages: Vec<Value> = system.chain(request.messages.iter().map(message)).collect();
+    let said = request.messages.iter().map(|said| {
+        let mut written = message(said);
+        if let Message::Assistant {
+            tool_calls, state, ..
+        } = said
+            && !tool_calls.is_empty()
+        {
+            give_back(ProviderState::for_model(state.as_ref(), of), &mut written);
+            if dialect.thoughts_with_calls && written.get("reasoning_content").is_none() {
+                written["reasoning_content"] = json!("");
+            }
+            if dialect.signed_calls && must_be_signed(&request.model) {
+                sign(&mut written);
+            }
+        }
+        written
+    });
+    let messages: Vec<Value> = system.chain(said).collect();
     let mut body = Map::new();
     let mut set = |key: &str, value: Value| {
         if !value.is_null() {
@@ -244,7 +310,47 @@ fn settings(request: &ModelRequest, dialect: Dialect) -> Result<Map<String, Valu
             effort => json!(effort),
         },
     );
+    if dialect.thoughts_with_calls && request.reasoning == Some(Effort::Off) {
+        // These do think when they are not asked.
+        set("thinking", json!({"type": "disabled"}));
+    }
     Ok(body)
+}
+
+/// Writes what a provider wants back into the answer that it came with: beside its text, and into its calls.
+fn give_back(state: Option<&Value>, answer: &mut Value) {
+    let members = state.and_then(Value::as_object).into_iter().flatten();
+    for (name, value) in members {
+        if name == "calls" {
+            for (place, extra) in value.as_object().into_iter().flatten() {
+                let place: Option<usize> = place.parse().ok();
+                if let Some(call) = place.and_then(|place| answer["tool_calls"].get_mut(place)) {
+                    call["extra_content"] = extra.clone();
+                }
+            }
+        } else {
+            answer[name.as_str()] = value.clone();
+        }
+    }
+}
+
+/// Whether a model refuses calls without a signature: Gemini from its third generation on.
+fn must_be_signed(model: &str) -> bool {
+    let generation = model
+        .rsplit('/')
+        .next()
+        .and_then(|name| name.strip_prefix("gemini-"));
+    generation.is_some_and(|rest| !rest.starts_with("1.") && !rest.starts_with("2."))
+}
+
+/// Says of an answer's first call that there is no signature, if there is none: another model made it, or it is older than signatures.
+fn sign(answer: &mut Value) {
+    let first = &mut answer["tool_calls"][0];
+    if first.get("extra_content").is_none() {
+        // Google's own word for it.
+        first["extra_content"] =
+            json!({"google": {"thought_signature": "skip_thought_signature_validator"}});
+    }
 }
 
 fn message(message: &Message) -> Value {
@@ -257,14 +363,11 @@ fn message(message: &Message) -> Value {
         Message::Assistant {
             content,
             tool_calls,
+            ..
         } => {
             let mut object = json!({"role": "assistant", "content": content});
             if !tool_calls.is_empty() {
-                let calls = tool_calls.iter().map(|call| {
-                    json!({"id": call.id, "type": "function",
-                           "function": {"name": call.name, "arguments": call.arguments}})
-                });
-                object["tool_calls"] = calls.collect();
+                object["tool_calls"] = tool_calls.iter().map(written_call).collect();
             }
             object
         }
@@ -276,6 +379,11 @@ fn message(message: &Message) -> Value {
             json!({"role": "tool", "tool_call_id": tool_call_id, "content": content})
         }
     }
+}
+
+fn written_call(call: &ToolCall) -> Value {
+    json!({"id": call.id, "type": "function",
+           "function": {"name": call.name, "arguments": call.arguments}})
 }
 
 fn part(part: &Part) -> Value {
@@ -307,6 +415,8 @@ struct Delta {
     content: Option<Content>,
     reasoning_content: Option<String>,
     reasoning: Option<String>,
+    /// OpenRouter's record of what was thought, in pieces.
+    reasoning_details: Option<Vec<Value>>,
     tool_calls: Option<Vec<CallDelta>>,
 }
 
@@ -316,6 +426,8 @@ struct CallDelta {
     id: Option<String>,
     #[serde(default, deserialize_with = "or_default")]
     function: FunctionDelta,
+    /// Where Google's signature stands.
+    extra_content: Option<Value>,
 }
 
 #[derive(Default, Deserialize)]
@@ -407,6 +519,58 @@ struct Reader {
     reason: Option<FinishReason>,
     usage: Option<Usage>,
     said_bytes: usize,
+    state: State,
+}
+
+/// What an answer that calls tools wants back, as it comes.
+#[derive(Default, Serialize)]
+struct State {
+    /// What was thought, under the one name of several whose owners want it back.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reasoning_content: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    reasoning_details: Vec<Value>,
+    /// By the call's place in the answer.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    calls: BTreeMap<usize, Value>,
+}
+
+impl State {
+    fn is_empty(&self) -> bool {
+        self.reasoning_content.is_none()
+            && self.reasoning_details.is_empty()
+            && self.calls.is_empty()
+    }
+
+    /// Adds a piece of the record to the last one, if it goes on with that.
+    fn add_detail(&mut self, piece: Value) {
+        let goes_on = |last: &Value| {
+            ["type", "index", "id"].iter().all(|key| {
+                piece.get(key).is_none_or(|value| value.is_null())
+                    || last.get(key) == piece.get(key)
+            })
+        };
+        let Some(last) = self
+            .reasoning_details
+            .last_mut()
+            .filter(|last| goes_on(last))
+        else {
+            self.reasoning_details.push(piece);
+            return;
+        };
+        let Value::Object(members) = piece else {
+            return;
+        };
+        for (name, value) in members {
+            match (name.as_str(), &mut last[name.as_str()], value) {
+                ("text" | "summary" | "data", Value::String(so_far), Value::String(more)) => {
+                    so_far.push_str(&more)
+                }
+                (_, _, Value::Null) => {}
+                (_, member, value) => *member = value,
+            }
+        }
+    }
 }
 
 impl Reader {
@@ -441,6 +605,13 @@ impl Reader {
         for choice in chunk.choices.into_iter().take(1) {
             let delta = choice.delta;
             let (thought, said) = delta.content.map(Content::split).unwrap_or_default();
+            if let Some(thought) = &delta.reasoning_content {
+                let so_far = self.state.reasoning_content.get_or_insert_default();
+                so_far.push_str(thought);
+            }
+            for piece in delta.reasoning_details.into_iter().flatten() {
+                self.state.add_detail(piece);
+            }
             let reasoning = delta.reasoning_content.or(delta.reasoning);
             let thought = reasoning.filter(|text| !text.is_empty()).unwrap_or(thought);
             if !thought.is_empty() {
@@ -492,13 +663,16 @@ impl Reader {
                 ));
             }
         };
+        if let Some(extra) = call.extra_content.filter(|extra| !extra.is_null()) {
+            self.state.calls.insert(index, extra);
+        }
         if let Some(piece) = call.function.arguments.filter(|piece| !piece.is_empty()) {
             events.push(ModelEvent::ToolCallArguments { index, piece });
         }
         Ok(())
     }
 
-    fn finish(self, prompt_bytes: usize) -> Result<ModelEvent, ProviderError> {
+    fn finish(self, prompt_bytes: usize, of: String) -> Result<Vec<ModelEvent>, ProviderError> {
         let Some(reason) = self.reason else {
             return Err(ProviderError::Protocol(
                 "the stream was cut before its finish".to_owned(),
@@ -516,7 +690,13 @@ impl Reader {
             estimated: true,
             ..Usage::default()
         });
-        Ok(ModelEvent::Finished { reason, usage })
+        let mut events = Vec::new();
+        if self.begun > 0 && !self.state.is_empty() {
+            let value = json!(self.state);
+            events.push(ModelEvent::State(ProviderState { of, value }));
+        }
+        events.push(ModelEvent::Finished { reason, usage });
+        Ok(events)
     }
 }
 
@@ -539,7 +719,8 @@ mod tests {
         let chunk =
             json!({"choices": [{"delta": {"content": "Hi"}, "finish_reason": "tool_calls"}]});
         reader.read(chunk.to_string().as_bytes()).unwrap();
-        let ModelEvent::Finished { reason, .. } = reader.finish(0).unwrap() else {
+        let [ModelEvent::Finished { reason, .. }] = reader.finish(0, String::new()).unwrap()[..]
+        else {
             panic!("it has finished")
         };
         assert_eq!(reason, FinishReason::Stop);

@@ -7,6 +7,7 @@ use secrecy::SecretString;
 
 use super::anthropic::Anthropic;
 use super::openai::{Dialect, OpenAi};
+use super::responses::AskedThere;
 use super::{Echo, HttpClient, Provider};
 
 /// A provider that needs nothing but a key.
@@ -68,12 +69,15 @@ pub const KNOWN: &[Known] = &[
         keyless: false,
         wire: Wire::Anthropic,
     },
-    openai_compatible(
-        "google",
-        "https://generativelanguage.googleapis.com/v1beta/openai",
-        "GEMINI_API_KEY",
-        "GEMINI_BASE_URL",
-    ),
+    Known {
+        wire: Wire::OpenAi(Dialect::GOOGLE),
+        ..openai_compatible(
+            "google",
+            "https://generativelanguage.googleapis.com/v1beta/openai",
+            "GEMINI_API_KEY",
+            "GEMINI_BASE_URL",
+        )
+    },
     openai_compatible(
         "groq",
         "https://api.groq.com/openai/v1",
@@ -196,6 +200,7 @@ pub struct Providers {
     server: ProjectCredentials,
     /// Whether projects without a key of their own use the server's.
     shared: bool,
+    asked_there: Arc<AskedThere>,
 }
 
 impl Providers {
@@ -205,6 +210,7 @@ impl Providers {
             client,
             server,
             shared,
+            asked_there: Arc::default(),
         }
     }
 
@@ -279,13 +285,15 @@ impl Providers {
             .ok_or_else(|| ResolveError::Unknown(model.to_owned()))?;
         let base_url = base_url.trim_end_matches('/').to_owned();
         let provider: Arc<dyn Provider> = match wire {
-            Wire::OpenAi(dialect) => Arc::new(OpenAi::new(
-                self.client.clone(),
+            Wire::OpenAi(dialect) => Arc::new(OpenAi {
+                client: self.client.clone(),
+                name: provider.to_owned(),
                 base_url,
                 key,
                 dialect,
-                by_tenant,
-            )),
+                guarded: by_tenant,
+                asked_there: self.asked_there.clone(),
+            }),
             Wire::Anthropic => Arc::new(Anthropic::new(
                 self.client.clone(),
                 base_url,

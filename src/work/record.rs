@@ -287,6 +287,7 @@ fn clean(message: &mut Message) {
     if let Message::Assistant {
         content,
         tool_calls,
+        ..
     } = message
     {
         if let Some(content) = content {

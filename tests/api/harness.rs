@@ -331,22 +331,17 @@ async fn serve(
         private_base_urls: config.private_base_urls,
     })
     .unwrap();
-    let server = ProjectCredentials::from([
-        (
-            "openai".to_owned(),
-            Credential {
-                key: "server-key".to_owned().into(),
-                base_url: Some(format!("{}/v1", upstream.url)),
-            },
-        ),
-        (
-            "anthropic".to_owned(),
-            Credential {
-                key: "server-key".to_owned().into(),
-                base_url: Some(upstream.url.clone()),
-            },
-        ),
-    ]);
+    let server = ["openai", "anthropic", "google", "deepseek"].map(|provider| {
+        let credential = Credential {
+            key: "server-key".to_owned().into(),
+            base_url: Some(match provider {
+                "anthropic" => upstream.url.clone(),
+                _ => format!("{}/v1", upstream.url),
+            }),
+        };
+        (provider.to_owned(), credential)
+    });
+    let server = ProjectCredentials::from(server);
     let shared = config.share_provider_keys;
     let app = App::new(config, Providers::new(client, server, shared)).unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -628,15 +623,20 @@ fn folded(said: &[Bytes]) -> String {
                 choice["message"][key] = json!(format!("{before}{piece}"));
             }
         }
+        if let Some(pieces) = delta["reasoning_details"].as_array() {
+            if !choice["message"]["reasoning_details"].is_array() {
+                choice["message"]["reasoning_details"] = json!([]);
+            }
+            let so_far = choice["message"]["reasoning_details"].as_array_mut();
+            so_far.unwrap().extend(pieces.iter().cloned());
+        }
         for call in delta["tool_calls"].as_array().into_iter().flatten() {
             if !choice["message"]["tool_calls"].is_array() {
                 choice["message"]["tool_calls"] = json!([]);
             }
             let calls = choice["message"]["tool_calls"].as_array_mut().unwrap();
             if call["id"].is_string() {
-                calls.push(
-                    json!({"id": call["id"], "type": "function", "function": call["function"]}),
-                );
+                calls.push(call.clone());
             } else {
                 let arguments = &mut calls.last_mut().unwrap()["function"]["arguments"];
                 *arguments = json!(format!(

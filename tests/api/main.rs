@@ -29,6 +29,7 @@ mod places;
 mod platform;
 mod playbooks;
 mod processes;
+mod provider_states;
 mod providers;
 mod schedules;
 mod sessions;
