@@ -147,12 +147,34 @@ impl Lease {
     }
 }
 
+/// What a claim may take.
+#[derive(Debug, Clone)]
+pub struct Room {
+    /// The most jobs in all.
+    pub most: usize,
+    /// The most of one project.
+    pub of_one: usize,
+    /// The projects that get nothing this time.
+    pub full: Vec<Uuid>,
+}
+
+impl Room {
+    /// Room for so many jobs, whoever's they are.
+    pub fn of(most: usize) -> Self {
+        Self {
+            most,
+            of_one: most,
+            full: Vec::new(),
+        }
+    }
+}
+
 /// What a claim found.
 #[derive(Debug)]
 pub struct Claimed {
     /// The jobs.
     pub leases: Vec<Lease>,
-    /// How many projects shared the places; some of them may have got none because another process was quicker.
+    /// How many projects shared the places, without the full ones; some of them may have got none because another process was quicker.
     pub projects: usize,
     /// Where the next claim goes on, so that projects take turns.
     pub cursor: Uuid,
@@ -262,9 +284,8 @@ impl Db {
         Ok(freed.rows_affected())
     }
 
-    /// Claims up to `most` ready jobs of a lane. Projects take turns: the claim goes round all that have some, from
-    /// `cursor` on, and takes as many of each as there is room for; within a project the highest priority
-    /// goes first, then the oldest.
+    /// Claims ready jobs of a lane, as many as there is room for. Projects take turns: the claim goes round all that have some, from
+    /// `cursor` on, and takes of each its share; within a project the highest priority goes first, then the oldest.
     ///
     /// # Errors
     /// When the database cannot be reached.
@@ -274,14 +295,17 @@ impl Db {
         lane: Lane,
         holder: Holder,
         cursor: Uuid,
-        most: i64,
+        room: &Room,
     ) -> Result<Claimed> {
+        let column = |count| i64::try_from(count).unwrap_or(i64::MAX);
+        // A project that is full is stepped over, which costs a step of the index as any other, and takes no other's turn.
         let rows = sqlx::query!(
             r#"with recursive turn as (
-                (select project_id, 1 as number from jobs
+                (select project_id, project_id = any($6::uuid[]) as is_full, (project_id <> all($6::uuid[]))::int as number
+                 from jobs
                  where lane = $5 and ready and project_id > $1 order by project_id limit 1)
                 union all
-                select next.project_id, turn.number + 1
+                select next.project_id, next.project_id = any($6::uuid[]), turn.number + (next.project_id <> all($6::uuid[]))::int
                 from turn cross join lateral (
                     select project_id from jobs
                     where lane = $5 and ready and project_id > turn.project_id order by project_id limit 1
@@ -293,9 +317,10 @@ impl Db {
                     select project_id, kind, subject from jobs
                     where lane = $5 and ready and project_id = turn.project_id
                     order by priority desc, created_at
-                    limit greatest(1, $2::bigint / (select count(*) from turn))
+                    limit least($7::bigint, greatest(1, $2::bigint / (select greatest(1, count(*)) from turn where not is_full)))
                     for update skip locked
                 ) j
+                where not turn.is_full
                 limit $2::bigint
             )
             update jobs
@@ -303,12 +328,14 @@ impl Db {
                 due_at = clock_timestamp() + make_interval(secs => $4::double precision)
             from picked
             where jobs.project_id = picked.project_id and jobs.kind = picked.kind and jobs.subject = picked.subject
-            returning jobs.project_id, jobs.kind, jobs.subject, jobs.lease, (select count(*) from turn) as "projects!""#,
+            returning jobs.project_id, jobs.kind, jobs.subject, jobs.lease, (select count(*) from turn where not is_full) as "projects!""#,
             cursor,
-            most,
+            column(room.most),
             holder.0,
             seconds(LEASE),
-            lane.number()
+            lane.number(),
+            &room.full,
+            column(room.of_one)
         )
         .fetch_all(self.claims(world))
         .await?;

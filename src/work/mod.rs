@@ -20,7 +20,7 @@ use uuid::Uuid;
 
 use crate::app::App;
 use crate::lifecycle::{self, LifecycleError};
-use crate::store::{Claimed, Holder, Job, Lane, Lease, SUSPENDED, StoreError, World, until};
+use crate::store::{Claimed, Holder, Job, Lane, Lease, Room, SUSPENDED, StoreError, World, until};
 
 mod ask;
 mod blocked;
@@ -54,6 +54,10 @@ const CHECK: Duration = Duration::from_secs(5);
 const RETURN: Duration = Duration::from_secs(2);
 /// How often leases are extended.
 const HEARTBEAT: Duration = Duration::from_secs(3);
+/// How many times the free places a project may have, and gets more: with three, one alone has three quarters of all, and
+/// what is left is shared likewise, so that there is always a place for who has none. (Choudhury and Hahne, "Dynamic queue length
+/// thresholds for shared-memory packet switches", 1998.)
+const SHARE: usize = 3;
 /// The most jobs of one claim.
 const CLAIM: usize = 64;
 /// The most couriers at work, beside the engine's jobs.
@@ -172,11 +176,13 @@ struct Places {
     lane: Lane,
     count: usize,
     free: Arc<Semaphore>,
+    /// How many each project has.
+    taken: Mutex<HashMap<Uuid, usize>>,
     /// Held while jobs are claimed for the places that are free, so that both worlds do not claim for the same ones.
     claiming: tokio::sync::Mutex<()>,
-    /// Whether there was more in a world at the last claim than there was room for.
+    /// Whether there may have been more in a world at the last claim than there was room for.
     behind: [AtomicBool; 2],
-    /// Told when a place comes free while there were few.
+    /// Told when a place comes free that someone waits for.
     freed: Notify,
 }
 
@@ -186,6 +192,7 @@ impl Places {
             lane,
             count,
             free: Arc::new(Semaphore::new(count)),
+            taken: Mutex::default(),
             claiming: tokio::sync::Mutex::default(),
             behind: Default::default(),
             freed: Notify::new(),
@@ -206,6 +213,48 @@ impl Places {
         match world {
             World::Live => &self.behind[0],
             World::Test => &self.behind[1],
+        }
+    }
+
+    /// What a claim of up to so many jobs may take. Timers have their places for a moment, and need no shares.
+    fn room(&self, most: usize) -> Room {
+        let free = self.free.available_permits();
+        let most = free.min(most);
+        if self.lane == Lane::Timers {
+            return Room::of(most);
+        }
+        let taken = self.taken.lock().expect(POISONED);
+        let full = taken.iter().filter(|(_, count)| **count >= SHARE * free);
+        Room {
+            most,
+            of_one: (free * SHARE / (SHARE + 1)).max(1),
+            full: full.map(|(project, _)| *project).collect(),
+        }
+    }
+
+    fn take(&self, project: Uuid) {
+        *self
+            .taken
+            .lock()
+            .expect(POISONED)
+            .entry(project)
+            .or_default() += 1;
+    }
+
+    /// Gives back a place that a project had, after it was freed.
+    fn leave(&self, project: Uuid) {
+        let mut taken = self.taken.lock().expect(POISONED);
+        if let Some(count) = taken.get_mut(&project) {
+            *count -= 1;
+            if *count == 0 {
+                taken.remove(&project);
+            }
+        }
+        drop(taken);
+        let waited_for = World::ALL.iter().any(|world| self.is_crowded(*world));
+        // Twice as many, as two may come free at the same time.
+        if waited_for || self.free.available_permits() <= 2 * self.batch() {
+            self.freed.notify_waiters();
         }
     }
 
@@ -393,27 +442,26 @@ impl Engine {
         }
         loop {
             let _claiming = places.claiming.lock().await;
-            let most = if crowded { 1 } else { CLAIM };
-            let most = places.free.available_permits().min(most);
+            let room = places.room(if crowded { 1 } else { CLAIM });
             let behind = places.behind(world);
             let least = if behind.load(Ordering::Relaxed) {
                 places.batch()
             } else {
                 1
             };
-            if most < least || self.app.stopping.is_cancelled() {
+            if room.most < least || self.app.stopping.is_cancelled() {
                 break;
             }
             let from_the_start = rota.cursor.is_nil();
-            let room = i64::try_from(most).unwrap_or(i64::MAX);
             let asked = Instant::now();
             let claimed = db
-                .claim(world, places.lane, self.holder, rota.cursor, room)
+                .claim(world, places.lane, self.holder, rota.cursor, &room)
                 .await?;
-            let drained = is_drained(&claimed, most);
-            behind.store(!(drained && from_the_start), Ordering::Relaxed);
+            let drained = is_drained(&claimed, &room);
+            let left_out = !drained || !from_the_start || !room.full.is_empty();
+            behind.store(left_out, Ordering::Relaxed);
             // All projects from the cursor on have had their turn, unless there are more than there was room for.
-            rota.cursor = if drained || claimed.projects < most {
+            rota.cursor = if drained || claimed.projects < room.most {
                 Uuid::nil()
             } else {
                 claimed.cursor
@@ -441,7 +489,8 @@ impl Engine {
     ) {
         let lost = CancellationToken::new();
         let number = lease.number();
-        let world = lease.db.world();
+        let (world, project) = (lease.db.world(), lease.db.project());
+        places.take(project);
         self.running
             .lock()
             .expect(POISONED)
@@ -462,10 +511,7 @@ impl Engine {
             running.remove(&(world, number));
             drop(running);
             drop(place);
-            // Twice as many, as two may come free at the same time.
-            if places.free.available_permits() <= 2 * places.batch() {
-                places.freed.notify_waiters();
-            }
+            places.leave(project);
         });
     }
 
@@ -500,13 +546,14 @@ impl Engine {
 }
 
 /// Whether a claim has left nothing that is ready from its cursor on: no project had more than its share.
-fn is_drained(claimed: &Claimed, most: usize) -> bool {
+fn is_drained(claimed: &Claimed, room: &Room) -> bool {
     let mut of_project: HashMap<Uuid, usize> = HashMap::new();
     for lease in &claimed.leases {
         *of_project.entry(lease.db.project()).or_default() += 1;
     }
-    let share = (most / claimed.projects.max(1)).max(1);
-    claimed.projects < most && of_project.values().all(|count| *count < share)
+    let share = (room.most / claimed.projects.max(1)).max(1);
+    let share = share.min(room.of_one);
+    claimed.projects < room.most && of_project.values().all(|count| *count < share)
 }
 
 impl Held {

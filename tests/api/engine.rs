@@ -6,7 +6,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use polpo::ids::Id;
-use polpo::store::{Holder, Job, Lane, Lease, ProjectDb, ProjectTx, RunStatus, StoreError, World};
+use polpo::store::{
+    Holder, Job, Lane, Lease, ProjectDb, ProjectTx, Room, RunStatus, StoreError, World,
+};
 use polpo::task::{Bypass, Status};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
@@ -27,7 +29,13 @@ async fn what_a_process_holds_that_stopped_in_the_middle_of_a_change_is_let_go()
     let claimed = app
         .app
         .db
-        .claim(World::Live, Lane::Engine, Holder::new(1), Uuid::nil(), 1)
+        .claim(
+            World::Live,
+            Lane::Engine,
+            Holder::new(1),
+            Uuid::nil(),
+            &Room::of(1),
+        )
         .await
         .unwrap();
     let mut stopped = claimed.leases[0].db.begin();
@@ -43,7 +51,14 @@ async fn what_a_process_holds_that_stopped_in_the_middle_of_a_change_is_let_go()
 /// Claims a task's job without a worker, and ends the task on what it looked like then: not committed yet.
 async fn assumed_end(app: &TestApp, task: &str) -> (Lease, ProjectTx) {
     let db = &app.app.db;
-    let claimed = db.claim(World::Live, Lane::Engine, Holder::new(1), Uuid::nil(), 10);
+    let room = Room::of(10);
+    let claimed = db.claim(
+        World::Live,
+        Lane::Engine,
+        Holder::new(1),
+        Uuid::nil(),
+        &room,
+    );
     let lease = claimed.await.unwrap().leases.remove(0);
     let mut known = lease.db.task(task.parse().unwrap()).await.unwrap();
     let mut tx = lease.db.begin();
@@ -276,7 +291,7 @@ async fn a_heartbeat_waits_for_nobody_who_has_hold_of_a_job() {
     }
     let (db, holder) = (&app.app.db, Holder::new(1));
     let claimed = db
-        .claim(World::Live, Lane::Engine, holder, Uuid::nil(), 2)
+        .claim(World::Live, Lane::Engine, holder, Uuid::nil(), &Room::of(2))
         .await
         .unwrap();
     let mut leases: Vec<i64> = claimed.leases.iter().map(Lease::number).collect();
@@ -311,41 +326,71 @@ async fn a_heartbeat_waits_for_nobody_who_has_hold_of_a_job() {
     assert_eq!(others.unwrap(), Vec::<i64>::new());
 }
 
+/// Another tenant, with an agent of its own.
+struct Other<'a> {
+    app: &'a TestApp,
+    key: String,
+}
+
+impl<'a> Other<'a> {
+    async fn new(app: &'a TestApp) -> Self {
+        let db = &app.app.db;
+        let organization = db.create_organization("Other", "other").await.unwrap();
+        let project = db.create_project(organization.id, "Other", "other");
+        let project = project.await.unwrap().id;
+        let (_, key) = app.app.issue_key(project, "k", World::Live).await.unwrap();
+        let other = Self { app, key };
+        let agent = json!({"name": "single", "model": "openai:scripted"});
+        other.post("/v1/agents", agent).await;
+        other
+    }
+
+    async fn task(&self, title: &str, description: &str) {
+        let task = json!({"title": title, "description": description, "assignTo": "single"});
+        self.post("/v1/tasks", task).await;
+    }
+
+    async fn post(&self, path: &str, body: Value) {
+        let request = self.app.client.post(format!("{}{path}", self.app.url));
+        let (status, body) = answer(request.bearer_auth(&self.key).json(&body)).await;
+        assert_eq!(status, 201, "{body}");
+    }
+}
+
+#[tokio::test]
+async fn a_tenant_whose_models_are_silent_leaves_others_a_place() {
+    let app = TestApp::start_with(&["--worker-slots", "4"]).await;
+    app.agent("noor").await;
+    app.upstream
+        .answers(|request| match last_text(request, "user").as_str() {
+            "Just one" => Reply::Stream(said("Done.")),
+            _ => Reply::Hang(vec![]),
+        });
+    let other = Other::new(&app).await;
+    let mut silent = Vec::new();
+    for number in 0..8 {
+        silent.push(app.task(&format!("silent {number}"), json!({})).await);
+    }
+    let asked = async |count: usize| app.upstream.asked().len() == count;
+    eventually("three of them are under way", async || asked(3).await).await;
+    other.task("one", "Just one").await;
+    eventually("the other tenant's is begun", async || asked(4).await).await;
+    // Whoever leaves makes room for the next: what was left out of a claim is not forgotten.
+    for (killed, task) in silent.iter().enumerate().take(3) {
+        answer(app.post(&format!("/v1/tasks/{task}/kill"), json!({}))).await;
+        let count = 5 + killed;
+        eventually("the next is under way", async || asked(count).await).await;
+    }
+    app.stop.cancel();
+}
+
 #[tokio::test]
 async fn a_tenant_with_many_tasks_does_not_delay_anothers_one() {
     let app = TestApp::start_with(&["--worker-slots", "4"]).await;
     app.agent("noor").await;
     app.upstream
         .answers(|_| Reply::Slow(Duration::from_millis(10), said("Done.")));
-    let organization = app
-        .app
-        .db
-        .create_organization("Other", "other")
-        .await
-        .unwrap();
-    let other = app
-        .app
-        .db
-        .create_project(organization.id, "Other", "other")
-        .await
-        .unwrap()
-        .id;
-    let (_, key) = app.app.issue_key(other, "k", World::Live).await.unwrap();
-    let post = async |path: &str, body: Value| {
-        let (status, body) = answer(
-            app.client
-                .post(format!("{}{path}", app.url))
-                .bearer_auth(&key)
-                .json(&body),
-        )
-        .await;
-        assert_eq!(status, 201, "{body}");
-    };
-    post(
-        "/v1/agents",
-        json!({"name": "single", "model": "openai:scripted"}),
-    )
-    .await;
+    let other = Other::new(&app).await;
     // Ten thousand become ready at once.
     let mut database = PgConnection::connect(&app.database_url).await.unwrap();
     sqlx::query(
@@ -367,11 +412,7 @@ async fn a_tenant_with_many_tasks_does_not_delay_anothers_one() {
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
     let before = app.upstream.asked().len();
-    post(
-        "/v1/tasks",
-        json!({"title": "one", "description": "Just one", "assignTo": "single"}),
-    )
-    .await;
+    other.task("one", "Just one").await;
     let place = loop {
         let asked = app.upstream.asked();
         if let Some(place) = asked
@@ -509,7 +550,7 @@ enum Act {
     /// A job is owed, or owed anew.
     Enqueue(usize),
     /// A process claims some.
-    Claim(usize, i64),
+    Claim(usize, usize),
     /// A process finishes a job that it believes it has.
     Complete(usize, usize),
     /// A process gives one back.
@@ -523,7 +564,7 @@ enum Act {
 fn acts() -> impl Strategy<Value = Vec<Act>> {
     let act = prop_oneof![
         4 => (0..6usize).prop_map(Act::Enqueue),
-        4 => (0..3usize, 1..4i64).prop_map(|(process, most)| Act::Claim(process, most)),
+        4 => (0..3usize, 1..4usize).prop_map(|(process, most)| Act::Claim(process, most)),
         3 => (0..3usize, 0..6usize).prop_map(|(process, which)| Act::Complete(process, which)),
         2 => (0..3usize, 0..6usize).prop_map(|(process, which)| Act::PutOff(process, which)),
         1 => (0..3usize).prop_map(Act::Crash),
@@ -589,10 +630,16 @@ impl History {
                     .app
                     .app
                     .db
-                    .claim(World::Test, Lane::Engine, holder, Uuid::nil(), most)
+                    .claim(
+                        World::Test,
+                        Lane::Engine,
+                        holder,
+                        Uuid::nil(),
+                        &Room::of(most),
+                    )
                     .await
                     .unwrap();
-                assert!(claimed.leases.len() <= usize::try_from(most).unwrap());
+                assert!(claimed.leases.len() <= most);
                 for lease in &claimed.leases {
                     assert!(
                         self.owed.contains(&self.number(lease)),
@@ -679,7 +726,13 @@ impl History {
                 .app
                 .app
                 .db
-                .claim(World::Test, Lane::Engine, last.holder, Uuid::nil(), 10)
+                .claim(
+                    World::Test,
+                    Lane::Engine,
+                    last.holder,
+                    Uuid::nil(),
+                    &Room::of(10),
+                )
                 .await
                 .unwrap();
             for lease in claimed.leases {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use chrono::{DateTime, SecondsFormat, Utc};
 use polpo::ids::{self, Id};
 use polpo::lifecycle::schedule::{Fired, fire};
-use polpo::store::{Holder, Job, Lane, Lease, World};
+use polpo::store::{Holder, Job, Lane, Lease, Room, World};
 use reqwest::StatusCode;
 use serde_json::{Value, json};
 use sqlx::{Connection, PgConnection};
@@ -110,7 +110,13 @@ impl TestApp {
         let claimed = self
             .app
             .db
-            .claim(World::Live, Lane::Timers, holder, Uuid::nil(), 100)
+            .claim(
+                World::Live,
+                Lane::Timers,
+                holder,
+                Uuid::nil(),
+                &Room::of(100),
+            )
             .await
             .unwrap();
         let mut leases = claimed.leases.into_iter();

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use polpo::event::Event;
-use polpo::store::{CallUsage, Holder, Lane, Lease, NewStep, StepKind, StoreError, World};
+use polpo::store::{CallUsage, Holder, Lane, Lease, NewStep, Room, StepKind, StoreError, World};
 use reqwest::Method;
 use serde_json::json;
 use sqlx::{Connection, PgConnection};
@@ -141,7 +141,14 @@ async fn steps_that_come_together_are_recorded_once_each_and_told_in_a_piece() {
         app.task(&format!("t{number}"), json!({})).await;
     }
     let db = &app.app.db;
-    let claimed = db.claim(World::Live, Lane::Engine, Holder::new(1), Uuid::nil(), 12);
+    let room = Room::of(12);
+    let claimed = db.claim(
+        World::Live,
+        Lane::Engine,
+        Holder::new(1),
+        Uuid::nil(),
+        &room,
+    );
     let leases = claimed.await.unwrap().leases;
     let mut database = PgConnection::connect(&app.database_url).await.unwrap();
     sqlx::raw_sql(
