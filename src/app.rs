@@ -102,6 +102,7 @@ impl App {
             world_connections: config.world_connections,
             platform_connections: config.platform_connections,
             acquire_timeout: config.acquire_timeout(),
+            patience: config.database_patience(),
         };
         let db = Db::open(config.database_url()?, settings).map_err(|error| {
             ConfigError(format!("DATABASE_URL is not a Postgres URL: {error}."))
@@ -219,10 +220,11 @@ impl App {
     async fn prune_events(&self) -> StoreResult<()> {
         let kept = chrono::Duration::hours(i64::from(self.config.event_retention_hours));
         // By the database's clock, which wrote when they were made: one of ours that is ahead would delete what is to be kept.
-        let oldest = self.db.now().await? - kept;
+        let oldest = self.db.in_time(self.db.now()).await? - kept;
         for world in World::ALL {
-            while self.db.prune_events(world, oldest).await? > 0 {}
-            while self.db.prune_deliveries(world, oldest).await? > 0 {}
+            let db = &self.db;
+            while db.in_time(db.prune_events(world, oldest)).await? > 0 {}
+            while db.in_time(db.prune_deliveries(world, oldest)).await? > 0 {}
         }
         Ok(())
     }
@@ -237,12 +239,13 @@ impl App {
                     interval.tick().await;
                     app.limits.sweep();
                     let done = async {
-                        app.db.record_key_use().await?;
-                        app.tell_left_untold().await?;
+                        let db = &app.db;
+                        db.in_time(db.record_key_use()).await?;
+                        db.in_time(app.tell_left_untold()).await?;
                         if role != Role::Api {
-                            app.look_at_grown_tables().await?;
-                            app.wake_parked_jobs().await?;
-                            app.db.prune_changes().await?;
+                            db.in_time(app.look_at_grown_tables()).await?;
+                            db.in_time(app.wake_parked_jobs()).await?;
+                            db.in_time(db.prune_changes()).await?;
                             app.prune_events().await?;
                         }
                         StoreResult::Ok(())

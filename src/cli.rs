@@ -286,7 +286,8 @@ fn server_credentials() -> ProjectCredentials {
         .filter_map(|known| {
             let base_url = variable(known.base_url_variable);
             let key = variable(known.key_variable);
-            if key.is_none() && !known.keyless {
+            // A server of one's own may need no key, but has to be somewhere that the operator means.
+            if key.is_none() && !(known.keyless && base_url.is_some()) {
                 return None;
             }
             Some((

@@ -45,7 +45,10 @@ pub async fn bound(
                 if body.last().is_some_and(|last| last > since) && since < began + LONGEST_BODY => {
             }
             Err(_) if body.is_under_way() => return Err(too_slow()),
-            Err(_late) => return Err(late(patience)),
+            Err(_late) => {
+                app.db.suspect();
+                return Err(late(patience));
+            }
         }
     }
 }

@@ -85,6 +85,11 @@ impl HttpClient {
         }
     }
 
+    /// Whether tenants may have the server reach private addresses.
+    pub(super) fn reaches_private_addresses(&self) -> bool {
+        self.settings.private_base_urls
+    }
+
     /// Whether a tenant may use this base URL; a sentence why not.
     pub(super) fn check_base_url(&self, base_url: &str) -> Result<(), String> {
         let url =

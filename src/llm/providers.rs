@@ -21,7 +21,7 @@ pub struct Known {
     pub key_variable: &'static str,
     /// The environment variable that moves it elsewhere.
     pub base_url_variable: &'static str,
-    /// Whether it answers without a key.
+    /// Whether it answers without a key, at its usual place on the same machine if nobody moves it.
     pub keyless: bool,
     wire: Wire,
 }
@@ -263,10 +263,16 @@ impl Providers {
         };
         let key = match (credential, known) {
             (Some(credential), _) => credential.key.clone(),
-            (None, Some(known)) if known.keyless && self.shared => SecretString::default(),
+            // What listens on the server's own machine is not for strangers.
+            (None, Some(known)) if known.keyless && self.client.reaches_private_addresses() => {
+                SecretString::default()
+            }
             (None, known) => {
-                let variable =
-                    known.map_or_else(String::new, |known| known.key_variable.to_owned());
+                let variable = known.map_or("", |known| match known.keyless {
+                    true => known.base_url_variable,
+                    false => known.key_variable,
+                });
+                let variable = variable.to_owned();
                 return Err(ResolveError::NoCredentials {
                     provider: provider.to_owned(),
                     variable,

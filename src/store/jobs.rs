@@ -8,7 +8,7 @@
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
-use sqlx::PgConnection;
+use sqlx::{Connection, PgConnection};
 use uuid::Uuid;
 
 use super::{Db, ProjectDb, ProjectTx, Result, StoreError, Topic, World, to_micros};
@@ -203,15 +203,28 @@ fn seconds(duration: Duration) -> f64 {
 }
 
 impl Db {
-    /// A connection that holds a process' lock for as long as it is kept.
+    /// A connection that holds a process' lock for as long as it is kept. One of this process that holds it still is ended: it was lost without
+    /// a word, and Postgres would not know for hours.
     ///
     /// # Errors
     /// When the database cannot be reached.
     pub async fn hold(&self, holder: Holder) -> Result<Standing> {
-        let mut connection = self.standing.acquire().await?.detach();
-        sqlx::query_scalar!(r#"select pg_advisory_lock($1)::text as "locked""#, holder.0)
-            .fetch_one(&mut connection)
+        let mut connection = PgConnection::connect_with(&self.standing).await?;
+        let held = sqlx::query_scalar!(r#"select pg_try_advisory_lock($1) as "held!""#, holder.0);
+        if !held.fetch_one(&mut connection).await? {
+            sqlx::query_scalar!(
+                "select pg_terminate_backend(pid) from pg_locks
+                where locktype = 'advisory' and granted and objsubid = 1
+                  and database = (select oid from pg_database where datname = current_database())
+                  and (classid::bigint << 32) | objid::bigint = $1",
+                holder.0
+            )
+            .fetch_all(&mut connection)
             .await?;
+            sqlx::query_scalar!(r#"select pg_advisory_lock($1)::text as "locked""#, holder.0)
+                .fetch_one(&mut connection)
+                .await?;
+        }
         Ok(Standing(connection))
     }
 

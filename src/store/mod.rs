@@ -39,6 +39,7 @@ mod runs;
 mod schedules;
 mod sessions;
 mod settings;
+mod silence;
 mod statistics;
 mod steps;
 mod tasks;
@@ -73,6 +74,7 @@ pub use projects::{ProjectRow, ProjectStatus};
 pub use runs::{ProcessRow, RunRow, TranscriptRow, Words};
 pub use schedules::ScheduleRow;
 pub use sessions::{MessageRow, NewMessage, SessionFilter, SessionRow};
+use silence::Suspicion;
 pub use steps::{NewStep, StepKind, StepRow};
 pub use tasks::{DeletedTask, TaskFilter, storable};
 pub use teams::TeamRow;
@@ -196,6 +198,8 @@ pub struct PoolSettings {
     pub platform_connections: u32,
     /// How long a request waits for a connection before it is answered 503.
     pub acquire_timeout: Duration,
+    /// How long whatever goes on beside the requests waits for an answer, see [`Db::in_time`].
+    pub patience: Duration,
 }
 
 /// The connections to a world for what is read in the middle of a change. Most of that is known without asking.
@@ -224,8 +228,10 @@ pub struct Db {
     /// See [`CLAIMS`].
     live_claims: PgPool,
     test_claims: PgPool,
-    /// Connections that are kept for as long as the process lives: one listens, one holds its lock.
-    standing: PgPool,
+    /// For the connections that are kept for as long as the process lives, and are nobody else's before or after: one listens, one holds its lock.
+    standing: PgConnectOptions,
+    patience: Duration,
+    suspicion: Arc<Suspicion>,
     warm: Arc<Warm>,
     bell: Arc<Bell>,
     logs: Arc<Logs>,
@@ -247,7 +253,9 @@ impl Db {
     /// When `url` is not a Postgres URL.
     pub fn open(url: &str, settings: PoolSettings) -> std::result::Result<Self, sqlx::Error> {
         let options = PgConnectOptions::from_str(url)?.application_name("polpo");
+        let suspicion = Arc::<Suspicion>::default();
         let pool = |schema: &'static str, most: u32| {
+            let suspicion = suspicion.clone();
             PgPoolOptions::new()
                 .max_connections(most)
                 .acquire_timeout(settings.acquire_timeout)
@@ -258,6 +266,10 @@ impl Db {
                     Box::pin(
                         async move { Ok(at.idle_for < RESTED || connection.ping().await.is_ok()) },
                     )
+                })
+                .after_release(move |connection, _| {
+                    let suspicion = suspicion.clone();
+                    Box::pin(async move { suspicion.check(connection).await })
                 })
                 .after_connect(move |connection, _| {
                     Box::pin(async move {
@@ -280,7 +292,9 @@ impl Db {
             test_aside: pool(World::Test.schema(), ASIDE),
             live_claims: pool(World::Live.schema(), CLAIMS),
             test_claims: pool(World::Test.schema(), CLAIMS),
-            standing: pool("platform", 2),
+            standing: options,
+            patience: settings.patience,
+            suspicion: suspicion.clone(),
             warm: Arc::default(),
             bell: Arc::default(),
             logs: Arc::default(),
@@ -310,8 +324,7 @@ impl Db {
             self.live_aside.close(),
             self.test_aside.close(),
             self.live_claims.close(),
-            self.test_claims.close(),
-            self.standing.close()
+            self.test_claims.close()
         );
     }
 

@@ -10,11 +10,11 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use sqlx::postgres::PgListener;
+use sqlx::postgres::{PgListener, PgPoolOptions};
 use tokio::sync::{Notify, watch};
 use uuid::Uuid;
 
-use super::{Db, Result, World};
+use super::{Db, Result, StoreError, World};
 
 /// The channel that all processes listen on. Channels are per database.
 const CHANNEL: &str = "polpo";
@@ -32,6 +32,9 @@ const WHO: &str = "?";
 const ANSWERED: Duration = Duration::from_secs(1);
 /// How often it does.
 const GREETS: Duration = Duration::from_secs(5);
+/// How long a process that does not hear itself say so is taken to hear. Less than [`PRESENT`] by more than [`GREETS`]: who is deaf knows it
+/// before it takes others to be gone.
+const HEARS: Duration = Duration::from_secs(10);
 /// How long a process that has said so is taken to be there.
 const PRESENT: Duration = Duration::from_secs(16);
 /// How soon what failed is tried again.
@@ -116,8 +119,7 @@ pub(super) struct Bell {
     /// Projects whose chat turns have left events that are not in the log.
     untold: Mutex<HashSet<(World, Uuid)>>,
     turns: Notify,
-    /// Until when there are taken to be other processes; `None` while they could not be heard. While there are none, nobody is told.
-    others: Mutex<Option<Instant>>,
+    hearing: Mutex<Hearing>,
     listening: Notify,
     /// Someone has asked who is there.
     asked: Notify,
@@ -125,6 +127,15 @@ pub(super) struct Bell {
     muted: AtomicBool,
     /// Tells this process' own notifications from others'.
     origin: String,
+}
+
+/// What a process knows of who is there. While there are no others, nobody is told.
+#[derive(Debug, Default)]
+struct Hearing {
+    /// Until when there are taken to be other processes; `None` while they could not be heard.
+    others: Option<Instant>,
+    /// When it last heard itself: who does not may be deaf.
+    itself: Option<Instant>,
 }
 
 const POISONED: &str = "nothing panics while it holds the bell";
@@ -140,7 +151,7 @@ impl Default for Bell {
             news: Notify::new(),
             untold: Mutex::default(),
             turns: Notify::new(),
-            others: Mutex::default(),
+            hearing: Mutex::default(),
             listening: Notify::new(),
             asked: Notify::new(),
             muted: AtomicBool::new(false),
@@ -223,24 +234,30 @@ impl Bell {
 
     /// Another process has said something.
     fn hear(&self, now: Instant) {
-        *self.others.lock().expect(POISONED) = Some(now + PRESENT);
+        self.hearing.lock().expect(POISONED).others = Some(now + PRESENT);
+    }
+
+    /// This process has heard its own word.
+    fn hear_itself(&self, now: Instant) {
+        self.hearing.lock().expect(POISONED).itself = Some(now);
     }
 
     /// Others are heard from now on, and have been asked whether they are there.
     fn ask(&self, now: Instant) {
-        let mut others = self.others.lock().expect(POISONED);
-        *others = Some(others.unwrap_or(now).max(now + ANSWERED));
+        let mut hearing = self.hearing.lock().expect(POISONED);
+        hearing.others = Some(hearing.others.unwrap_or(now).max(now + ANSWERED));
     }
 
     /// Others are not heard any more.
     fn lose(&self) {
-        *self.others.lock().expect(POISONED) = None;
+        *self.hearing.lock().expect(POISONED) = Hearing::default();
     }
 
     /// Whether this process has heard for long enough that there is no other.
     pub(super) fn is_alone(&self, now: Instant) -> bool {
-        let others = *self.others.lock().expect(POISONED);
-        others.is_some_and(|until| until < now)
+        let hearing = self.hearing.lock().expect(POISONED);
+        hearing.others.is_some_and(|until| until < now)
+            && hearing.itself.is_some_and(|at| now < at + HEARS)
     }
 
     fn take_outgoing(&self) -> Vec<String> {
@@ -301,7 +318,8 @@ impl Db {
             for world in World::ALL {
                 let projects = told.iter().filter(|(of, _)| *of == world);
                 let projects: Vec<Uuid> = projects.map(|(_, project)| *project).collect();
-                if let Err(error) = self.ready_couriers_of(world, projects).await {
+                let readied = self.ready_couriers_of(world, projects);
+                if let Err(error) = self.in_time(readied).await {
                     // The sweep finds them in some seconds.
                     tracing::debug!("couriers are not woken: {error}");
                 }
@@ -316,7 +334,8 @@ impl Db {
             tokio::time::sleep(GATHER_TURNS).await;
             let untold = std::mem::take(&mut *self.bell.untold.lock().expect(POISONED));
             for (world, project) in untold {
-                match self.project(project, world).tell_untold().await {
+                let door = self.project(project, world);
+                match self.in_time(door.tell_untold()).await {
                     Ok(false) => {}
                     Ok(true) => self.bell.ring_for_untold(world, project),
                     // The sweep finds them in some seconds.
@@ -334,7 +353,7 @@ impl Db {
                 if self.bell.is_alone(Instant::now()) {
                     continue;
                 }
-                if let Err(error) = self.notify(&payload).await {
+                if let Err(error) = self.in_time(self.notify(&payload)).await {
                     // The others look by themselves within half a second.
                     tracing::warn!("other processes are not woken: {error}");
                 }
@@ -377,7 +396,8 @@ impl Db {
 
     /// Says a word to all other processes; false when it did not get out.
     async fn say(&self, word: &str) -> bool {
-        let said = self.notify(&format!("{} {word}", self.bell.origin)).await;
+        let word = format!("{} {word}", self.bell.origin);
+        let said = self.in_time(self.notify(&word)).await;
         if let Err(error) = &said {
             tracing::debug!("other processes do not hear of this one: {error}");
         }
@@ -395,15 +415,29 @@ impl Db {
     }
 
     async fn listen(&self) -> Result<()> {
-        let mut listener = PgListener::connect_with(&self.standing).await?;
-        listener.listen(CHANNEL).await?;
+        let begun = async {
+            // A listener that is dropped says so to its connection first: one that is dead keeps the place in its pool.
+            let own = PgPoolOptions::new().max_connections(1);
+            let own = own.connect_lazy_with(self.standing.clone());
+            let mut listener = PgListener::connect_with(&own).await?;
+            listener.listen(CHANNEL).await?;
+            Ok(listener)
+        };
+        let mut listener = self.in_time(begun).await?;
         loop {
             // What was said while there was no connection is lost: everyone looks.
             self.bell.ring_all_here();
             self.bell.listening.notify_one();
-            while let Some(notification) = listener.try_recv().await? {
+            // This process hears itself too, so silence is a connection that is gone without a word.
+            let silence = PRESENT.max(GREETS + self.patience);
+            while let Some(notification) = tokio::time::timeout(silence, listener.try_recv())
+                .await
+                .map_err(|late| StoreError::Unavailable(sqlx::Error::Io(late.into())))??
+            {
                 let mut words = notification.payload().split(' ');
-                if words.next() != Some(&self.bell.origin) {
+                if words.next() == Some(&self.bell.origin) {
+                    self.bell.hear_itself(Instant::now());
+                } else {
                     self.bell.hear(Instant::now());
                     for word in words {
                         if word == WHO {
@@ -455,9 +489,17 @@ mod tests {
         assert!(!bell.is_alone(now + PRESENT * 2), "nobody could be heard");
         bell.ask(now);
         assert!(!bell.is_alone(now + ANSWERED), "others may answer yet");
+        assert!(
+            !bell.is_alone(now + ANSWERED + moment),
+            "who does not hear itself may be deaf"
+        );
+        bell.hear_itself(now + ANSWERED);
         assert!(bell.is_alone(now + ANSWERED + moment));
         bell.hear(now);
+        bell.hear_itself(now + GREETS);
         assert!(!bell.is_alone(now + PRESENT));
+        assert!(!bell.is_alone(now + PRESENT + moment), "it went deaf");
+        bell.hear_itself(now + PRESENT);
         assert!(bell.is_alone(now + PRESENT + moment));
         bell.hear(now);
         bell.ask(now + moment);

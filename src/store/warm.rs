@@ -290,7 +290,7 @@ impl Db {
         interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             interval.tick().await;
-            if let Err(error) = self.read_changes().await {
+            if let Err(error) = self.in_time(self.read_changes()).await {
                 tracing::warn!(
                     "the changes of other processes cannot be read, answering from the database: {error}"
                 );

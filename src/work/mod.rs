@@ -331,7 +331,8 @@ impl Engine {
         // Who has lost the database looks at others only when they have had the time to come back to it as well.
         let mut others_are_back = Instant::now();
         loop {
-            let lost = match self.app.db.hold(self.holder).await {
+            let db = &self.app.db;
+            let lost = match db.in_time(db.hold(self.holder)).await {
                 Ok(mut standing) => {
                     self.standing.send_replace(Some(Instant::now()));
                     loop {
@@ -359,11 +360,12 @@ impl Engine {
 
     async fn take_over(&self) -> std::result::Result<(), StoreError> {
         for world in World::ALL {
-            let freed = self.app.db.free_orphaned_jobs(world).await?;
+            let db = &self.app.db;
+            let freed = db.in_time(db.free_orphaned_jobs(world)).await?;
             if freed > 0 {
                 tracing::info!(jobs = freed, "taking over from a process that is gone");
                 for lane in Lane::ALL {
-                    self.app.db.ring(lane.topic(world));
+                    db.ring(lane.topic(world));
                 }
             }
         }
@@ -375,7 +377,8 @@ impl Engine {
         loop {
             tokio::time::sleep(SWEEP).await;
             for world in World::ALL {
-                if let Err(error) = self.app.db.ready_couriers_behind(world).await {
+                let db = &self.app.db;
+                if let Err(error) = db.in_time(db.ready_couriers_behind(world)).await {
                     tracing::debug!("resting couriers cannot be seen: {error}");
                 }
             }
@@ -423,7 +426,7 @@ impl Engine {
         }
         let db = &self.app.db;
         if rota.due <= now {
-            let next = db.ready_due_jobs(world, places.lane).await?;
+            let next = db.in_time(db.ready_due_jobs(world, places.lane)).await?;
             let pause = match next.map(|next| until(next, Utc::now())) {
                 None => LOOK,
                 // Someone has hold of it, or it has come due this moment.
@@ -454,9 +457,8 @@ impl Engine {
             }
             let from_the_start = rota.cursor.is_nil();
             let asked = Instant::now();
-            let claimed = db
-                .claim(world, places.lane, self.holder, rota.cursor, &room)
-                .await?;
+            let claim = db.claim(world, places.lane, self.holder, rota.cursor, &room);
+            let claimed = db.in_time(claim).await?;
             let drained = is_drained(&claimed, &room);
             let left_out = !drained || !from_the_start || !room.full.is_empty();
             behind.store(left_out, Ordering::Relaxed);
@@ -500,13 +502,26 @@ impl Engine {
             let db = engine.app.db.clone();
             let standing = engine.standing.subscribe();
             let proof = Proof::new(db, engine.holder, lease.clone(), asked, standing);
+            let app = engine.app.clone();
+            let too_long_lost = {
+                let (app, lost) = (app.clone(), lost.clone());
+                async move {
+                    lost.cancelled().await;
+                    tokio::time::sleep(app.config.database_patience()).await;
+                    app.db.suspect();
+                }
+            };
             let held = Held {
-                app: engine.app.clone(),
+                app,
                 proof: Arc::new(proof),
                 lease,
                 lost,
             };
-            held.work().await;
+            tokio::select! {
+                () = held.work() => {}
+                // It waits for an answer that does not come, and holds a connection.
+                () = too_long_lost => {}
+            }
             let mut running = engine.running.lock().expect(POISONED);
             running.remove(&(world, number));
             drop(running);
@@ -528,7 +543,9 @@ impl Engine {
                 if numbers.is_empty() {
                     continue;
                 }
-                match self.app.db.extend_all(world, self.holder, &numbers).await {
+                let db = &self.app.db;
+                let extended = db.extend_all(world, self.holder, &numbers);
+                match db.in_time(extended).await {
                     Ok(kept) => {
                         let running = self.running.lock().expect(POISONED);
                         for number in numbers.iter().filter(|number| !kept.contains(number)) {

@@ -171,6 +171,11 @@ impl TestApp {
         url
     }
 
+    /// Another process, which reaches the database by a way of its own.
+    pub(crate) async fn another_process_by(&self, database_url: &str, settings: &[&str]) {
+        serve(database_url, &self.upstream, settings).await;
+    }
+
     /// Another process on the same database, and what stops it.
     pub(crate) async fn another_process_with_stop(&self) -> CancellationToken {
         let quick = ["--retry-backoff-ms", "1", "--drain-timeout-ms", "100"];

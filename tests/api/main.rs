@@ -34,6 +34,7 @@ mod providers;
 mod schedules;
 mod sessions;
 mod settings;
+mod silence;
 mod steps;
 mod streams;
 mod tasks;

@@ -252,14 +252,14 @@ async fn a_process_without_its_lock_claims_nothing() {
     app.agent("noor").await;
     app.upstream.answers(|_| Reply::Stream(said("Done.")));
     let mut database = PgConnection::connect(&app.database_url).await.unwrap();
-    let away = "alter function pg_catalog.pg_advisory_lock(bigint) rename to away";
+    let away = "alter function pg_catalog.pg_try_advisory_lock(bigint) rename to away";
     sqlx::raw_sql(away).execute(&mut database).await.unwrap();
     let task = app.task("early", json!({})).await;
     app.another_process().await;
     // Longer than it takes to look a few times.
     tokio::time::sleep(std::time::Duration::from_millis(1_200)).await;
     assert_eq!(app.upstream.asked().len(), 0);
-    let back = "alter function pg_catalog.away(bigint) rename to pg_advisory_lock";
+    let back = "alter function pg_catalog.away(bigint) rename to pg_try_advisory_lock";
     sqlx::raw_sql(back).execute(&mut database).await.unwrap();
     app.until(&task, "done").await;
 }

@@ -358,6 +358,14 @@ async fn a_tenants_base_url_cannot_reach_inside() {
         (502, Some("provider_error"))
     );
     assert!(app.upstream.asked().is_empty());
+    // Nor does a provider that needs no key, unless the operator says where it is.
+    answer(app.patch("/v1/agents/a", json!({"model": "ollama:qwen3"}))).await;
+    let (status, body) = answer(app.chat(hello(false))).await;
+    assert_eq!(status, 400, "{body}");
+    assert!(
+        body["error"].as_str().unwrap().contains("OLLAMA_BASE_URL"),
+        "{body}"
+    );
 }
 
 fn event(kind: &str, mut data: Value) -> Bytes {
