@@ -22,7 +22,7 @@ pub async fn project(
     next: Next,
 ) -> Result<Response, ApiError> {
     let opened = open(&app, request.headers());
-    let (caller, door) = within(app.config.database_patience(), opened).await?;
+    let (caller, door) = within(&app, opened).await?;
     if let Some(presented) = Presented::of(&app, request.headers(), door.project()) {
         request.extensions_mut().insert(presented);
     }

@@ -72,7 +72,7 @@ pub async fn create_completion(
         request,
         format,
         toolbox,
-    } = within(app.config.database_patience(), prepared).await?;
+    } = within(&app, prepared).await?;
     let structured = !matches!(format, OutputFormat::Text);
     let head = Head::new(&turn, &turn.agent);
     let repair = if streams { Repair::Never } else { Repair::Once };

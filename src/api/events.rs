@@ -123,7 +123,7 @@ async fn fill(app: App, db: ProjectDb, mut last: i64, feed: Weak<Feed>) {
 
 async fn read_on(db: &ProjectDb, last: &mut i64, feed: &Weak<Feed>) -> StoreResult<()> {
     loop {
-        let rows = db.events_after(*last, PAGE).await?;
+        let rows = db.in_time(db.events_after(*last, PAGE)).await?;
         let Some(feed) = feed.upgrade() else {
             return Ok(());
         };

@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 
 use super::auth::Presented;
 use super::error::ApiError;
+use super::patience::within;
 use super::sse::event_stream;
 use crate::app::App;
 use crate::ids::{self, Id, Run};
@@ -138,7 +139,7 @@ fn words(
         let mut silence = Box::pin(tokio::time::sleep(app.config.keep_alive()));
         yield Ok(chunk(&first, &json!({"role": "assistant", "content": ""}), None));
         loop {
-            let (task, new) = match look(&db, id, &mut cursor).await {
+            let (task, new) = match within(&app, look(&db, id, &mut cursor)).await {
                 Ok(seen) => seen,
                 Err(error) => {
                     yield Ok(broken_off(&error));

@@ -20,6 +20,7 @@ use tokio::time::Instant;
 use super::auth::Presented;
 use super::error::ApiError;
 use super::follow::{Cursor, announce};
+use super::patience::within;
 use super::sse::event_stream;
 use crate::app::App;
 use crate::ids::{self, Id, Run};
@@ -111,7 +112,7 @@ fn words(follower: Follower, place: Place) -> impl Stream<Item = Result<Bytes, I
         }
         loop {
             changed.borrow_and_update();
-            let (pieces, ended) = match following.look().await {
+            let (pieces, ended) = match within(&app, following.look()).await {
                 Ok(seen) => seen,
                 Err(error) => {
                     yield Ok(failure(&error));

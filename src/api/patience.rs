@@ -36,19 +36,20 @@ pub async fn bound(
         _ => request.map(|whole| body.watch(whole)),
     };
     let mut answer = std::pin::pin!(next.run(request));
+    let mut unanswered = Unanswered::new(&app);
     loop {
         // A slow caller is no slow database, but does not hold us up for ever.
         let since = body.last().unwrap_or(began).min(began + LONGEST_BODY);
         match tokio::time::timeout_at(since + patience, &mut answer).await {
-            Ok(response) => return Ok(response),
+            Ok(response) => {
+                unanswered.answered = true;
+                return Ok(response);
+            }
             Err(_)
                 if body.last().is_some_and(|last| last > since) && since < began + LONGEST_BODY => {
             }
             Err(_) if body.is_under_way() => return Err(too_slow()),
-            Err(_late) => {
-                app.db.suspect();
-                return Err(late(patience));
-            }
+            Err(_late) => return Err(late(patience)),
         }
     }
 }
@@ -117,11 +118,46 @@ fn late(patience: Duration) -> ApiError {
 /// # Errors
 /// [`ApiError::Unavailable`], or what `deed` fails with.
 pub async fn within<T>(
-    patience: Duration,
+    app: &App,
     deed: impl Future<Output = Result<T, ApiError>>,
 ) -> Result<T, ApiError> {
-    match tokio::time::timeout(patience, deed).await {
-        Ok(done) => done,
+    let patience = app.config.database_patience();
+    let mut deed = std::pin::pin!(deed);
+    let mut unanswered = Unanswered::new(app);
+    match tokio::time::timeout(patience, deed.as_mut()).await {
+        Ok(done) => {
+            unanswered.answered = true;
+            done
+        }
         Err(_late) => Err(late(patience)),
     }
 }
+
+/// Something that waits for the database. If it is given up, or whoever wanted it leaves, after some time without an answer, the connection that it leaves behind may
+/// be dead. To be dropped before what it waits for, so to be declared after it.
+struct Unanswered<'a> {
+    app: &'a App,
+    began: Instant,
+    answered: bool,
+}
+
+impl<'a> Unanswered<'a> {
+    fn new(app: &'a App) -> Self {
+        Self {
+            app,
+            began: Instant::now(),
+            answered: false,
+        }
+    }
+}
+
+impl Drop for Unanswered<'_> {
+    fn drop(&mut self) {
+        if !self.answered && self.began.elapsed() > LONG {
+            self.app.db.suspect();
+        }
+    }
+}
+
+/// How long the database takes for nothing when it is well.
+const LONG: Duration = Duration::from_secs(1);

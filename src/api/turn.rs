@@ -338,8 +338,8 @@ async fn record(
     // What a model said was paid for: a database that is away for a moment does not cost it.
     let deadline = Instant::now() + AWAY;
     loop {
-        let recorded = try_record(turn, messages, calls, status, ended_at).await;
-        match recorded {
+        let recorded = try_record(turn, messages, calls, status, ended_at);
+        match turn.db.in_time(recorded).await {
             Err(error) if lost && error.is_recorded_turn() => return Ok(()),
             Err(StoreError::Unavailable(error))
                 if Instant::now() < deadline && !stop.is_cancelled() =>

@@ -5,6 +5,7 @@
 //! over, or that was called off, cannot be finished twice. A job whose claimer is gone becomes ready again: at once when the
 //! claimer's advisory lock is free, and at the end of its lease in any case.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
@@ -152,10 +153,10 @@ impl Lease {
 pub struct Room {
     /// The most jobs in all.
     pub most: usize,
-    /// The most of one project.
+    /// The most of a project that is not in `of_some`.
     pub of_one: usize,
-    /// The projects that get nothing this time.
-    pub full: Vec<Uuid>,
+    /// The most of some projects, which may be none.
+    pub of_some: HashMap<Uuid, usize>,
 }
 
 impl Room {
@@ -164,8 +165,13 @@ impl Room {
         Self {
             most,
             of_one: most,
-            full: Vec::new(),
+            of_some: HashMap::new(),
         }
+    }
+
+    /// The most jobs of a project.
+    pub fn of_project(&self, project: Uuid) -> usize {
+        self.of_some.get(&project).copied().unwrap_or(self.of_one)
     }
 }
 
@@ -174,7 +180,7 @@ impl Room {
 pub struct Claimed {
     /// The jobs.
     pub leases: Vec<Lease>,
-    /// How many projects shared the places, without the full ones; some of them may have got none because another process was quicker.
+    /// How many projects shared the places, without those that may have none; some may have got none because another process was quicker.
     pub projects: usize,
     /// Where the next claim goes on, so that projects take turns.
     pub cursor: Uuid,
@@ -212,18 +218,19 @@ impl Db {
         let mut connection = PgConnection::connect_with(&self.standing).await?;
         let held = sqlx::query_scalar!(r#"select pg_try_advisory_lock($1) as "held!""#, holder.0);
         if !held.fetch_one(&mut connection).await? {
-            sqlx::query_scalar!(
+            let end = sqlx::query_scalar!(
                 "select pg_terminate_backend(pid) from pg_locks
                 where locktype = 'advisory' and granted and objsubid = 1
                   and database = (select oid from pg_database where datname = current_database())
                   and (classid::bigint << 32) | objid::bigint = $1",
                 holder.0
             )
-            .fetch_all(&mut connection)
-            .await?;
-            sqlx::query_scalar!(r#"select pg_advisory_lock($1)::text as "locked""#, holder.0)
-                .fetch_one(&mut connection)
-                .await?;
+            .fetch_all(&self.platform);
+            let wait =
+                sqlx::query_scalar!(r#"select pg_advisory_lock($1)::text as "locked""#, holder.0)
+                    .fetch_one(&mut connection);
+            // Who waits first has it at once: in between everyone would take this process for gone.
+            tokio::try_join!(wait, end)?;
         }
         Ok(Standing(connection))
     }
@@ -311,29 +318,44 @@ impl Db {
         room: &Room,
     ) -> Result<Claimed> {
         let column = |count| i64::try_from(count).unwrap_or(i64::MAX);
-        // A project that is full is stepped over, which costs a step of the index as any other, and takes no other's turn.
+        let some: Vec<Uuid> = room.of_some.keys().copied().collect();
+        let of_some: Vec<i64> = room.of_some.values().copied().map(column).collect();
+        // A project that may have none is stepped over, which costs a step of the index as any other, and takes no other's turn. How many are picked of one
+        // cannot be said where they are picked, only below: the rest is let go.
         let rows = sqlx::query!(
-            r#"with recursive turn as (
-                (select project_id, project_id = any($6::uuid[]) as is_full, (project_id <> all($6::uuid[]))::int as number
-                 from jobs
-                 where lane = $5 and ready and project_id > $1 order by project_id limit 1)
+            r#"with recursive allowed as materialized (
+                select * from unnest($6::uuid[], $7::bigint[]) as a (project_id, most)
+            ), turn as (
+                (select next.project_id, coalesce(a.most, $8::bigint) as most, least(coalesce(a.most, $8::bigint), 1) as number
+                 from (
+                    select project_id from jobs
+                    where lane = $5 and ready and project_id > $1 order by project_id limit 1
+                 ) next
+                 left join allowed a on a.project_id = next.project_id)
                 union all
-                select next.project_id, next.project_id = any($6::uuid[]), turn.number + (next.project_id <> all($6::uuid[]))::int
+                select next.project_id, coalesce(a.most, $8::bigint), turn.number + least(coalesce(a.most, $8::bigint), 1)
                 from turn cross join lateral (
                     select project_id from jobs
                     where lane = $5 and ready and project_id > turn.project_id order by project_id limit 1
                 ) next
+                left join allowed a on a.project_id = next.project_id
                 where turn.number < $2::bigint
-            ), picked as (
-                select j.project_id, j.kind, j.subject
+            ), sharing as (
+                select count(*) as count from turn where most > 0
+            ), found as (
+                select j.project_id, j.kind, j.subject, turn.most
                 from turn cross join lateral (
                     select project_id, kind, subject from jobs
                     where lane = $5 and ready and project_id = turn.project_id
                     order by priority desc, created_at
-                    limit least($7::bigint, greatest(1, $2::bigint / (select greatest(1, count(*)) from turn where not is_full)))
+                    limit greatest(1, $2::bigint / greatest(1, (select count from sharing)))
                     for update skip locked
                 ) j
-                where not turn.is_full
+                where turn.most > 0
+            ), picked as (
+                select project_id, kind, subject
+                from (select *, row_number() over (partition by project_id) as place from found) f
+                where place <= most
                 limit $2::bigint
             )
             update jobs
@@ -341,13 +363,14 @@ impl Db {
                 due_at = clock_timestamp() + make_interval(secs => $4::double precision)
             from picked
             where jobs.project_id = picked.project_id and jobs.kind = picked.kind and jobs.subject = picked.subject
-            returning jobs.project_id, jobs.kind, jobs.subject, jobs.lease, (select count(*) from turn where not is_full) as "projects!""#,
+            returning jobs.project_id, jobs.kind, jobs.subject, jobs.lease, (select count from sharing) as "projects!""#,
             cursor,
             column(room.most),
             holder.0,
             seconds(LEASE),
             lane.number(),
-            &room.full,
+            &some,
+            &of_some,
             column(room.of_one)
         )
         .fetch_all(self.claims(world))

@@ -10,7 +10,7 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
-use sqlx::{Connection, Executor, PgConnection, PgPool};
+use sqlx::{Executor, PgConnection, PgPool};
 use uuid::Uuid;
 
 use crate::event::Event;
@@ -74,7 +74,7 @@ pub use projects::{ProjectRow, ProjectStatus};
 pub use runs::{ProcessRow, RunRow, TranscriptRow, Words};
 pub use schedules::ScheduleRow;
 pub use sessions::{MessageRow, NewMessage, SessionFilter, SessionRow};
-use silence::Suspicion;
+use silence::Silence;
 pub use steps::{NewStep, StepKind, StepRow};
 pub use tasks::{DeletedTask, TaskFilter, storable};
 pub use teams::TeamRow;
@@ -198,7 +198,7 @@ pub struct PoolSettings {
     pub platform_connections: u32,
     /// How long a request waits for a connection before it is answered 503.
     pub acquire_timeout: Duration,
-    /// How long whatever goes on beside the requests waits for an answer, see [`Db::in_time`].
+    /// How long anyone waits for an answer, see [`Db::in_time`].
     pub patience: Duration,
 }
 
@@ -230,8 +230,7 @@ pub struct Db {
     test_claims: PgPool,
     /// For the connections that are kept for as long as the process lives, and are nobody else's before or after: one listens, one holds its lock.
     standing: PgConnectOptions,
-    patience: Duration,
-    suspicion: Arc<Suspicion>,
+    silence: Arc<Silence>,
     warm: Arc<Warm>,
     bell: Arc<Bell>,
     logs: Arc<Logs>,
@@ -253,23 +252,24 @@ impl Db {
     /// When `url` is not a Postgres URL.
     pub fn open(url: &str, settings: PoolSettings) -> std::result::Result<Self, sqlx::Error> {
         let options = PgConnectOptions::from_str(url)?.application_name("polpo");
-        let suspicion = Arc::<Suspicion>::default();
+        let silence = Arc::new(Silence::new(settings.patience));
         let pool = |schema: &'static str, most: u32| {
-            let suspicion = suspicion.clone();
+            let (rested, returned) = (silence.clone(), silence.clone());
             PgPoolOptions::new()
                 .max_connections(most)
                 .acquire_timeout(settings.acquire_timeout)
                 // To ask each time would cost every statement a round trip. One that has rested may have died of a database that was restarted, or of
                 // something between us and it; nobody's request is to find that out.
                 .test_before_acquire(false)
-                .before_acquire(|connection, at| {
-                    Box::pin(
-                        async move { Ok(at.idle_for < RESTED || connection.ping().await.is_ok()) },
-                    )
+                .before_acquire(move |connection, at| {
+                    let silence = rested.clone();
+                    Box::pin(async move {
+                        Ok(at.idle_for < RESTED || silence.check_rested(connection).await?)
+                    })
                 })
                 .after_release(move |connection, _| {
-                    let suspicion = suspicion.clone();
-                    Box::pin(async move { suspicion.check(connection).await })
+                    let silence = returned.clone();
+                    Box::pin(async move { silence.check_returned(connection).await })
                 })
                 .after_connect(move |connection, _| {
                     Box::pin(async move {
@@ -293,8 +293,7 @@ impl Db {
             live_claims: pool(World::Live.schema(), CLAIMS),
             test_claims: pool(World::Test.schema(), CLAIMS),
             standing: options,
-            patience: settings.patience,
-            suspicion: suspicion.clone(),
+            silence: silence.clone(),
             warm: Arc::default(),
             bell: Arc::default(),
             logs: Arc::default(),
@@ -338,6 +337,7 @@ impl Db {
             },
             project,
             world,
+            silence: self.silence.clone(),
             warm: self.warm.clone(),
             bell: self.bell.clone(),
             logs: self.logs.clone(),
@@ -354,6 +354,7 @@ pub struct ProjectDb {
     aside: PgPool,
     project: Uuid,
     world: World,
+    silence: Arc<Silence>,
     warm: Arc<Warm>,
     bell: Arc<Bell>,
     logs: Arc<Logs>,

@@ -429,7 +429,7 @@ impl Db {
             self.bell.ring_all_here();
             self.bell.listening.notify_one();
             // This process hears itself too, so silence is a connection that is gone without a word.
-            let silence = PRESENT.max(GREETS + self.patience);
+            let silence = PRESENT + GREETS;
             while let Some(notification) = tokio::time::timeout(silence, listener.try_recv())
                 .await
                 .map_err(|late| StoreError::Unavailable(sqlx::Error::Io(late.into())))??

@@ -108,7 +108,7 @@ pub(super) async fn call(db: &ProjectDb, agent: &str, call: &ToolCall) -> Result
     let done = match call.name.as_str() {
         "memory_get" => {
             let Get { scope } = arguments(call)?;
-            let memories = db.memories_now(agent).await.map_err(explain)?;
+            let memories = db.in_time(db.memories_now(agent)).await.map_err(explain)?;
             let memory = match scope {
                 Scope::Agent => &memories.own,
                 Scope::Shared => &memories.shared,
@@ -119,13 +119,14 @@ pub(super) async fn call(db: &ProjectDb, agent: &str, call: &ToolCall) -> Result
         }
         "memory_save" => {
             let Text { content, scope } = arguments(call)?;
-            db.save_memory(owner(scope), &clean(&content)).await
+            db.in_time(db.save_memory(owner(scope), &clean(&content)))
+                .await
         }
         "memory_append" => {
             let Text { content, scope } = arguments(call)?;
             let at = Utc::now().to_rfc3339_opts(SecondsFormat::Secs, true);
             let line = format!("[{at}] {}\n", clean(&content).trim_end());
-            db.append_memory(owner(scope), &line).await
+            db.in_time(db.append_memory(owner(scope), &line)).await
         }
         _ => {
             let Update {
@@ -136,7 +137,8 @@ pub(super) async fn call(db: &ProjectDb, agent: &str, call: &ToolCall) -> Result
             if find.is_empty() {
                 return Err("`find` must not be empty.".to_owned());
             }
-            db.replace_in_memory(owner(scope), &clean(&find), &clean(&replace))
+            let (find, replace) = (clean(&find), clean(&replace));
+            db.in_time(db.replace_in_memory(owner(scope), &find, &replace))
                 .await
         }
     };

@@ -128,6 +128,19 @@ pub(super) async fn ask(
     Ok(answer.text)
 }
 
+/// What comes while a question is under way.
+enum Heard {
+    Event(Option<std::result::Result<TurnEvent, TurnError>>),
+    /// Nothing, for too long.
+    Nobody,
+    /// The job is another's.
+    Lost,
+    /// The server stops.
+    Stopping,
+    /// Someone has killed, paused or deleted the task, perhaps.
+    Stopped,
+}
+
 /// Asks, and checks the answer's form; asks once more if that is wrong.
 pub(super) async fn pose(held: &Held, question: Question<'_>) -> Result<Answer> {
     // A question that is under way is answered; no other is begun.
@@ -155,23 +168,32 @@ pub(super) async fn pose(held: &Held, question: Question<'_>) -> Result<Answer> 
     let mut used: Option<Usage> = None;
     let deadline = tokio::time::Instant::now() + LONGEST;
     loop {
-        let event = tokio::select! {
-            () = tokio::time::sleep_until(deadline) => {
-                return Ok(Answer::none(format!("nobody answered within {} s", LONGEST.as_secs())));
+        let heard = held.pulse.away(async {
+            tokio::select! {
+                () = tokio::time::sleep_until(deadline) => Heard::Nobody,
+                event = turn.next() => Heard::Event(event),
+                () = held.lost.cancelled() => Heard::Lost,
+                () = held.app.stop_turns.cancelled() => Heard::Stopping,
+                _ = stopped.changed() => Heard::Stopped,
             }
-            event = turn.next() => event,
-            () = held.lost.cancelled() => return Err(WorkError::LeaseLost),
-            () = held.app.stop_turns.cancelled() => {
+        });
+        let event = match heard.await {
+            Heard::Event(event) => event,
+            Heard::Nobody => {
+                return Ok(Answer::none(format!(
+                    "nobody answered within {} s",
+                    LONGEST.as_secs()
+                )));
+            }
+            Heard::Lost => return Err(WorkError::LeaseLost),
+            Heard::Stopping => {
                 held.lease.db.hand_over(&held.lease, None).await?;
                 return Err(WorkError::LeaseLost);
             }
-            // Someone has killed, paused or deleted the task, perhaps.
-            _ = stopped.changed() => {
-                if held.is_known_to_be_lost().await? {
-                    return Err(WorkError::LeaseLost);
-                }
-                continue;
+            Heard::Stopped if held.is_known_to_be_lost().await? => {
+                return Err(WorkError::LeaseLost);
             }
+            Heard::Stopped => continue,
         };
         match event {
             Some(Ok(TurnEvent::Step(step))) => {

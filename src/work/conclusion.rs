@@ -271,6 +271,7 @@ pub(super) struct Patience(u32);
 impl Patience {
     pub(super) async fn wait(&mut self, held: &Held, error: anyhow::Error) -> Result<()> {
         self.0 += 1;
+        held.pulse.beat();
         if self.0 > 150 || held.lost.is_cancelled() || held.app.stop_turns.is_cancelled() {
             return Err(WorkError::Unavailable(error));
         }

@@ -126,6 +126,17 @@ struct Courier<'a> {
     idle_since: Instant,
 }
 
+/// What comes while a courier waits.
+enum Heard {
+    Landed(std::result::Result<Landed, tokio::task::JoinError>),
+    Woken(std::result::Result<(), tokio::sync::watch::error::RecvError>),
+    Time,
+    /// The job is another's.
+    Lost,
+    /// The server stops.
+    Stopping,
+}
+
 /// What a courier does next.
 enum Next {
     Wait(Option<Instant>),
@@ -210,19 +221,28 @@ impl<'a> Courier<'a> {
             };
             let look = self.read_last + LOOK;
             let wait = wait.map_or(look, |until| until.min(look));
-            tokio::select! {
-                Some(landed) = self.flights.join_next() => self.land(landed).await?,
-                changed = woken.changed() => {
+            let held = self.held;
+            let heard = held.pulse.away(async {
+                tokio::select! {
+                    Some(landed) = self.flights.join_next() => Heard::Landed(landed),
+                    changed = woken.changed() => Heard::Woken(changed),
+                    () = tokio::time::sleep_until(wait) => Heard::Time,
+                    () = held.lost.cancelled() => Heard::Lost,
+                    () = held.app.stopping.cancelled() => Heard::Stopping,
+                }
+            });
+            match heard.await {
+                Heard::Landed(landed) => self.land(landed).await?,
+                Heard::Woken(changed) => {
                     changed.map_err(|error| WorkError::Defect(error.into()))?;
                     self.read_at.get_or_insert(self.read_last + READ);
                 }
-                () = tokio::time::sleep_until(wait) => {
-                    if look <= Instant::now() {
-                        self.read_at.get_or_insert(look);
-                    }
+                Heard::Time if look <= Instant::now() => {
+                    self.read_at.get_or_insert(look);
                 }
-                () = self.held.lost.cancelled() => return Err(WorkError::LeaseLost),
-                () = self.held.app.stopping.cancelled() => return self.stop().await,
+                Heard::Time => {}
+                Heard::Lost => return Err(WorkError::LeaseLost),
+                Heard::Stopping => return self.stop().await,
             }
         }
     }

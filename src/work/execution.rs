@@ -216,6 +216,21 @@ impl Limits {
     }
 }
 
+/// What comes while a turn is followed.
+enum Heard {
+    Event(Option<std::result::Result<TurnEvent, TurnError>>),
+    /// A limit is to be looked at.
+    Time,
+    /// The job is another's.
+    Lost,
+    /// The server stops.
+    Stopping,
+    /// The run is to stop, perhaps.
+    Stopped,
+    /// Someone listens, or is owed words.
+    Listener,
+}
+
 /// Pulls a turn to its end, records its steps, and keeps an eye on everything that may stop it.
 async fn follow(
     held: &Held,
@@ -235,16 +250,27 @@ async fn follow(
     let mut listeners = app.db.wait(Topic::Listener(task.id.uuid()));
     loop {
         let words_due = recorder.words_due(WORDS);
-        tokio::select! {
-            biased;
-            () = held.lost.cancelled() => return Err(WorkError::LeaseLost),
-            // Before what is said: a model that never stops must not keep the time from being looked at.
-            () = sleep_until(limits.next()) => {
+        let heard = held.pulse.away(async {
+            tokio::select! {
+                biased;
+                () = held.lost.cancelled() => Heard::Lost,
+                // Before what is said: a model that never stops must not keep the time from being looked at.
+                () = sleep_until(limits.next()) => Heard::Time,
+                event = events.next() => Heard::Event(event),
+                () = app.stop_turns.cancelled() => Heard::Stopping,
+                _ = stopped.changed() => Heard::Stopped,
+                _ = listeners.changed() => Heard::Listener,
+                () = sleep_until(words_due.unwrap_or_else(Instant::now)), if words_due.is_some() => Heard::Listener,
+            }
+        });
+        match heard.await {
+            Heard::Lost => return Err(WorkError::LeaseLost),
+            Heard::Time => {
                 if let Some(ending) = overdue(held, task, &mut limits).await? {
                     return Ok(Followed::Ended(ending));
                 }
             }
-            event = events.next() => match event {
+            Heard::Event(event) => match event {
                 None => {
                     let nothing = || Ending::error("The agent gave no answer.".to_owned());
                     let ending = recorder.last().map_or_else(nothing, Ending::of);
@@ -276,18 +302,17 @@ async fn follow(
                     }
                 }
             },
-            () = app.stop_turns.cancelled() => {
+            Heard::Stopping => {
                 recorder.write().await?;
                 held.lease.db.hand_over(&held.lease, None).await?;
                 return Ok(Followed::HandedOver);
             }
-            _ = stopped.changed() => {
+            Heard::Stopped => {
                 if held.is_known_to_be_lost().await? {
                     return Err(WorkError::LeaseLost);
                 }
             }
-            _ = listeners.changed() => recorder.write_words().await,
-            () = sleep_until(words_due.unwrap_or_else(Instant::now)), if words_due.is_some() => recorder.write_words().await,
+            Heard::Listener => recorder.write_words().await,
         }
     }
 }

@@ -6,13 +6,13 @@
 use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use chrono::Utc;
 use futures::FutureExt;
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -20,7 +20,7 @@ use uuid::Uuid;
 
 use crate::app::App;
 use crate::lifecycle::{self, LifecycleError};
-use crate::store::{Claimed, Holder, Job, Lane, Lease, Room, SUSPENDED, StoreError, World, until};
+use crate::store::{Holder, Job, Lane, Lease, SUSPENDED, StoreError, World, until};
 
 mod ask;
 mod blocked;
@@ -28,8 +28,10 @@ mod conclusion;
 mod courier;
 mod execution;
 mod judge;
+mod places;
 mod post;
 mod proof;
+mod pulse;
 mod question;
 mod record;
 mod schedule;
@@ -37,8 +39,10 @@ mod surroundings;
 mod task;
 mod timers;
 
+use places::{Places, is_drained};
 pub use post::Poster;
 use proof::Proof;
+use pulse::Pulse;
 
 /// The net under wake-ups, and how soon jobs of a process that was killed are taken over.
 const LOOK: Duration = Duration::from_millis(500);
@@ -54,10 +58,6 @@ const CHECK: Duration = Duration::from_secs(5);
 const RETURN: Duration = Duration::from_secs(2);
 /// How often leases are extended.
 const HEARTBEAT: Duration = Duration::from_secs(3);
-/// How many times the free places a project may have, and gets more: with three, one alone has three quarters of all, and
-/// what is left is shared likewise, so that there is always a place for who has none. (Choudhury and Hahne, "Dynamic queue length
-/// thresholds for shared-memory packet switches", 1998.)
-const SHARE: usize = 3;
 /// The most jobs of one claim.
 const CLAIM: usize = 64;
 /// The most couriers at work, beside the engine's jobs.
@@ -124,6 +124,7 @@ struct Held {
     /// Trips when the lease is lost.
     lost: CancellationToken,
     proof: Arc<Proof>,
+    pulse: Pulse,
 }
 
 impl Held {
@@ -168,100 +169,6 @@ struct Engine {
     running: Mutex<HashMap<(World, i64), CancellationToken>>,
     timers: Arc<Places>,
     jobs: TaskTracker,
-}
-
-/// The places of a lane.
-#[derive(Debug)]
-struct Places {
-    lane: Lane,
-    count: usize,
-    free: Arc<Semaphore>,
-    /// How many each project has.
-    taken: Mutex<HashMap<Uuid, usize>>,
-    /// Held while jobs are claimed for the places that are free, so that both worlds do not claim for the same ones.
-    claiming: tokio::sync::Mutex<()>,
-    /// Whether there may have been more in a world at the last claim than there was room for.
-    behind: [AtomicBool; 2],
-    /// Told when a place comes free that someone waits for.
-    freed: Notify,
-}
-
-impl Places {
-    fn new(lane: Lane, count: usize) -> Arc<Self> {
-        Arc::new(Self {
-            lane,
-            count,
-            free: Arc::new(Semaphore::new(count)),
-            taken: Mutex::default(),
-            claiming: tokio::sync::Mutex::default(),
-            behind: Default::default(),
-            freed: Notify::new(),
-        })
-    }
-
-    /// How many places must be free for a claim while there is more than there is room for. Timers are over so soon that to claim
-    /// them one by one, as places come free, would cost more than they do.
-    fn batch(&self) -> usize {
-        if self.lane == Lane::Timers {
-            self.count / 4
-        } else {
-            1
-        }
-    }
-
-    fn behind(&self, world: World) -> &AtomicBool {
-        match world {
-            World::Live => &self.behind[0],
-            World::Test => &self.behind[1],
-        }
-    }
-
-    /// What a claim of up to so many jobs may take. Timers have their places for a moment, and need no shares.
-    fn room(&self, most: usize) -> Room {
-        let free = self.free.available_permits();
-        let most = free.min(most);
-        if self.lane == Lane::Timers {
-            return Room::of(most);
-        }
-        let taken = self.taken.lock().expect(POISONED);
-        let full = taken.iter().filter(|(_, count)| **count >= SHARE * free);
-        Room {
-            most,
-            of_one: (free * SHARE / (SHARE + 1)).max(1),
-            full: full.map(|(project, _)| *project).collect(),
-        }
-    }
-
-    fn take(&self, project: Uuid) {
-        *self
-            .taken
-            .lock()
-            .expect(POISONED)
-            .entry(project)
-            .or_default() += 1;
-    }
-
-    /// Gives back a place that a project had, after it was freed.
-    fn leave(&self, project: Uuid) {
-        let mut taken = self.taken.lock().expect(POISONED);
-        if let Some(count) = taken.get_mut(&project) {
-            *count -= 1;
-            if *count == 0 {
-                taken.remove(&project);
-            }
-        }
-        drop(taken);
-        let waited_for = World::ALL.iter().any(|world| self.is_crowded(*world));
-        // Twice as many, as two may come free at the same time.
-        if waited_for || self.free.available_permits() <= 2 * self.batch() {
-            self.freed.notify_waiters();
-        }
-    }
-
-    /// Whether there is more of a world than there is room for.
-    fn is_crowded(&self, world: World) -> bool {
-        self.behind(world).load(Ordering::Relaxed)
-    }
 }
 
 /// How far a lane of a world has been seen to.
@@ -445,7 +352,7 @@ impl Engine {
         }
         loop {
             let _claiming = places.claiming.lock().await;
-            let room = places.room(if crowded { 1 } else { CLAIM });
+            let room = places.room(world, if crowded { 1 } else { CLAIM });
             let behind = places.behind(world);
             let least = if behind.load(Ordering::Relaxed) {
                 places.batch()
@@ -460,8 +367,8 @@ impl Engine {
             let claim = db.claim(world, places.lane, self.holder, rota.cursor, &room);
             let claimed = db.in_time(claim).await?;
             let drained = is_drained(&claimed, &room);
-            let left_out = !drained || !from_the_start || !room.full.is_empty();
-            behind.store(left_out, Ordering::Relaxed);
+            let left_out = room.of_some.values().any(|most| *most == 0);
+            behind.store(left_out || !(drained && from_the_start), Ordering::Relaxed);
             // All projects from the cursor on have had their turn, unless there are more than there was room for.
             rota.cursor = if drained || claimed.projects < room.most {
                 Uuid::nil()
@@ -502,26 +409,14 @@ impl Engine {
             let db = engine.app.db.clone();
             let standing = engine.standing.subscribe();
             let proof = Proof::new(db, engine.holder, lease.clone(), asked, standing);
-            let app = engine.app.clone();
-            let too_long_lost = {
-                let (app, lost) = (app.clone(), lost.clone());
-                async move {
-                    lost.cancelled().await;
-                    tokio::time::sleep(app.config.database_patience()).await;
-                    app.db.suspect();
-                }
-            };
             let held = Held {
-                app,
+                app: engine.app.clone(),
                 proof: Arc::new(proof),
                 lease,
                 lost,
+                pulse: Pulse::new(),
             };
-            tokio::select! {
-                () = held.work() => {}
-                // It waits for an answer that does not come, and holds a connection.
-                () = too_long_lost => {}
-            }
+            held.work_while_it_lives().await;
             let mut running = engine.running.lock().expect(POISONED);
             running.remove(&(world, number));
             drop(running);
@@ -562,18 +457,20 @@ impl Engine {
     }
 }
 
-/// Whether a claim has left nothing that is ready from its cursor on: no project had more than its share.
-fn is_drained(claimed: &Claimed, room: &Room) -> bool {
-    let mut of_project: HashMap<Uuid, usize> = HashMap::new();
-    for lease in &claimed.leases {
-        *of_project.entry(lease.db.project()).or_default() += 1;
-    }
-    let share = (room.most / claimed.projects.max(1)).max(1);
-    let share = share.min(room.of_one);
-    claimed.projects < room.most && of_project.values().all(|count| *count < share)
-}
-
 impl Held {
+    /// Does the job, unless it waits for an answer of the database that does not come: then it is dropped where it stands, and whoever has it when its lease
+    /// has run out does what is not on record.
+    async fn work_while_it_lives(&self) {
+        let patience = self.app.config.database_patience() * 2;
+        tokio::select! {
+            () = self.work() => {}
+            () = self.pulse.stopped(patience) => {
+                tracing::warn!(job = ?self.lease.job, "a job waits for a database that does not answer: it is left for another try");
+                self.app.db.suspect();
+            }
+        }
+    }
+
     /// Does the job. Whatever goes wrong, it is done, given back, or someone else's in the end.
     async fn work(&self) {
         let done = AssertUnwindSafe(self.dispatch()).catch_unwind().await;

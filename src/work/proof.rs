@@ -64,7 +64,8 @@ impl Proof {
 
     /// Asks whether the lease is there, and for more of it.
     pub(super) async fn renew(&self) -> Result<bool, StoreError> {
-        self.db.extend(self.holder, &self.lease).await
+        let extended = self.db.extend(self.holder, &self.lease);
+        self.db.in_time(extended).await
     }
 }
 

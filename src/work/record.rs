@@ -235,13 +235,9 @@ impl<'a> Recorder<'a> {
     pub(super) async fn write_words(&mut self) {
         if self.said.len() > self.written {
             let text = self.said.replace('\0', "\u{fffd}");
-            let written = self
-                .held
-                .lease
-                .db
-                .write_words(self.task, self.run, self.number, &text)
-                .await;
-            if let Err(error) = written {
+            let db = &self.held.lease.db;
+            let written = db.write_words(self.task, self.run, self.number, &text);
+            if let Err(error) = db.in_time(written).await {
                 tracing::debug!("a task's words are not shown as they come: {error}");
             }
             self.written = self.said.len();
@@ -262,11 +258,8 @@ pub(super) async fn record(
     let mut lost = false;
     loop {
         let asked = Instant::now();
-        match lease
-            .db
-            .record_steps(lease, run, steps, events.to_vec())
-            .await
-        {
+        let recorded = lease.db.record_steps(lease, run, steps, events.to_vec());
+        match lease.db.in_time(recorded).await {
             Ok(()) => {
                 proof.is_from(asked);
                 return Ok(());
