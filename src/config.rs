@@ -48,7 +48,7 @@ pub struct Config {
     #[arg(long, env = "POLPO_ACQUIRE_TIMEOUT_MS", default_value_t = 5_000)]
     pub acquire_timeout_ms: u64,
 
-    /// How long a request waits for a database that does not answer, in milliseconds.
+    /// How long requests, and what goes on beside them, wait for a database that does not answer, in milliseconds.
     #[arg(long, env = "POLPO_DATABASE_PATIENCE_MS", default_value_t = 30_000, value_parser = clap::value_parser!(u64).range(1..))]
     pub database_patience_ms: u64,
 
@@ -235,7 +235,7 @@ impl Config {
         Duration::from_millis(self.acquire_timeout_ms)
     }
 
-    /// How long a request waits for a database that does not answer.
+    /// How long anyone waits for a database that does not answer.
     pub fn database_patience(&self) -> Duration {
         Duration::from_millis(self.database_patience_ms)
     }

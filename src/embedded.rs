@@ -206,7 +206,10 @@ fn abandoned_in(place: &Path) -> Vec<PathBuf> {
         .filter_map(|entry| Some(entry.ok()?.path()))
         .filter(|note| note.extension().is_some_and(|kind| kind == "home"))
         .filter(|note| {
-            fs::read_to_string(note).is_ok_and(|home| !Path::new(home.trim_end()).exists())
+            // Where it cannot be seen it is not gone.
+            fs::read_to_string(note)
+                .and_then(|home| Path::new(home.trim_end()).try_exists())
+                .is_ok_and(|is_there| !is_there)
         })
         .map(|note| note.with_extension(""))
         .filter(|cluster| cluster.exists())

@@ -109,7 +109,9 @@ fn entry(step: &StepRow) -> Value {
         StepKind::Compaction => data["messages"]
             .as_array_mut()
             .map_or(&mut [][..], Vec::as_mut_slice),
-        _ => std::slice::from_mut(&mut data["message"]),
+        _ => data
+            .get_mut("message")
+            .map_or(&mut [][..], std::slice::from_mut),
     };
     for message in said.iter_mut().filter_map(Value::as_object_mut) {
         // What a provider wants back is its own, and sealed.

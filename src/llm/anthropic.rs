@@ -7,6 +7,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::http::{HttpClient, error_object};
+use super::state::{Owner, Weight};
 use super::{
     Effort, FinishReason, Message, ModelEvent, ModelRequest, ModelStream, Part, Provider,
     ProviderError, ProviderState, ToolCall, ToolChoice, Usage,
@@ -43,14 +44,14 @@ impl Anthropic {
 #[async_trait]
 impl Provider for Anthropic {
     async fn stream(&self, request: ModelRequest) -> Result<ModelStream, ProviderError> {
+        let of = Owner::new("anthropic", &self.base_url, &self.key, &request.model);
         let post = self
             .client
             .of(self.guarded)
             .post(format!("{}/v1/messages", self.base_url))
             .header("x-api-key", self.key.expose_secret())
             .header("anthropic-version", "2023-06-01")
-            .json(&body(&request)?);
-        let of = of(&request.model);
+            .json(&body(&request, &of)?);
         let permit = request.permit.as_deref();
         let mut events = self.client.events(post, permit, &self.key).await?.boxed();
         let mut reader = Reader {
@@ -74,7 +75,7 @@ impl Provider for Anthropic {
     }
 }
 
-fn body(request: &ModelRequest) -> Result<Value, ProviderError> {
+fn body(request: &ModelRequest, of: &Owner) -> Result<Value, ProviderError> {
     let sampling = &request.sampling;
     for (param, set) in [
         ("seed", sampling.seed.is_some()),
@@ -100,12 +101,11 @@ fn body(request: &ModelRequest) -> Result<Value, ProviderError> {
     };
     let answer_tokens = sampling.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
     let adaptive = thinks_adaptively(&request.model);
-    let of = of(&request.model);
-    // With a number of tokens to think, the API wants back what was thought before each call: where that is missing, it does not
-    // think on until the caller speaks again.
+    // With a number of tokens to think, the API wants the calls since the user last spoke to begin with what was thought: where that is missing, it does
+    // not think until the caller speaks again.
     let effort = request
         .reasoning
-        .filter(|_| adaptive || all_thoughts_are_known(&request.messages, &of));
+        .filter(|_| adaptive || begins_with_thoughts(&request.messages, of));
     let thinking = effort.and_then(thinking_tokens);
     set("model", json!(request.model));
     set("stream", json!(true));
@@ -115,7 +115,7 @@ fn body(request: &ModelRequest) -> Result<Value, ProviderError> {
         json!(answer_tokens.saturating_add(thinking.unwrap_or(0))),
     );
     set("system", json!(request.system));
-    set("messages", messages(&request.messages, &of));
+    set("messages", messages(&request.messages, of));
     match (effort, thinking) {
         (Some(effort), Some(_)) if adaptive => {
             // Left to itself it does not tell what it thinks.
@@ -157,11 +157,6 @@ fn body(request: &ModelRequest) -> Result<Value, ProviderError> {
         set("tool_choice", tool_choice(request));
     }
     Ok(Value::Object(body))
-}
-
-/// Whose the states are that come with this model's answers.
-fn of(model: &str) -> String {
-    format!("anthropic:{model}")
 }
 
 /// Whether a model decides itself how long it thinks, and refuses a number of tokens: Claude from 4.6 on ("Adaptive thinking"). Older ones,
@@ -218,22 +213,20 @@ fn tool_choice(request: &ModelRequest) -> Value {
     choice
 }
 
-/// Whether what was thought before each call since the user last spoke can be given back.
-fn all_thoughts_are_known(messages: &[Message], of: &str) -> bool {
+/// Whether what was thought before the first call since the user last spoke can be given back, if there is one. Before later ones nothing is thought
+/// by models that are given a number of tokens.
+fn begins_with_thoughts(messages: &[Message], of: &Owner) -> bool {
     messages
         .iter()
         .rev()
         .take_while(|message| !matches!(message, Message::User { .. } | Message::System { .. }))
-        .all(|message| match message {
-            Message::Assistant {
-                tool_calls, state, ..
-            } => tool_calls.is_empty() || ProviderState::for_model(state.as_ref(), of).is_some(),
-            _ => true,
-        })
+        .filter(|message| matches!(message, Message::Assistant { tool_calls, .. } if !tool_calls.is_empty()))
+        .last()
+        .is_none_or(|first| first.state_for(of).is_some())
 }
 
 /// The conversation in alternating turns: neighbours of one role are joined, and what tools returned is said by the user.
-fn messages(messages: &[Message], of: &str) -> Value {
+fn messages(messages: &[Message], of: &Owner) -> Value {
     let mut turns: Vec<(&'static str, Vec<Value>)> = Vec::new();
     for message in messages {
         let (role, blocks) = match message {
@@ -254,9 +247,9 @@ fn messages(messages: &[Message], of: &str) -> Value {
             Message::Assistant {
                 content,
                 tool_calls,
-                state,
+                ..
             } => {
-                let given = ProviderState::for_model(state.as_ref(), of).and_then(Value::as_array);
+                let given = message.state_for(of).and_then(Value::as_array);
                 let blocks = match given {
                     Some(given) => given
                         .iter()
@@ -394,6 +387,7 @@ struct Reader {
     calls: usize,
     /// What the answer consists of, as it was given; of calls the id alone.
     blocks: Vec<Value>,
+    weight: Weight,
     usage: Usage,
     uncached: u64,
     written_to_cache: u64,
@@ -411,18 +405,18 @@ impl Reader {
                 self.count(&message.usage);
                 None
             }
-            Event::ContentBlockStart { content_block } => self.begin(content_block),
+            Event::ContentBlockStart { content_block } => self.begin(content_block)?,
             Event::ContentBlockDelta { delta } => match delta {
                 Delta::Text { text } => {
-                    self.add("text", &text);
+                    self.add("text", &text)?;
                     Some(ModelEvent::Text(text))
                 }
                 Delta::Thinking { thinking } => {
-                    self.add("thinking", &thinking);
+                    self.add("thinking", &thinking)?;
                     Some(ModelEvent::Reasoning(thinking)).filter(|event| event.bytes() > 0)
                 }
                 Delta::Signature { signature } => {
-                    self.add("signature", &signature);
+                    self.add("signature", &signature)?;
                     None
                 }
                 Delta::InputJson { partial_json } if partial_json.is_empty() => None,
@@ -463,26 +457,28 @@ impl Reader {
         })
     }
 
-    fn begin(&mut self, block: Value) -> Option<ModelEvent> {
+    fn begin(&mut self, block: Value) -> Result<Option<ModelEvent>, ProviderError> {
+        self.weight.add(&block)?;
         if block["type"] != "tool_use" {
             self.blocks.push(block);
-            return None;
+            return Ok(None);
         }
         let text = |key: &str| block[key].as_str().unwrap_or_default().to_owned();
         self.blocks
             .push(json!({"type": "tool_use", "id": block["id"]}));
         self.calls += 1;
-        Some(ModelEvent::ToolCallStarted {
+        Ok(Some(ModelEvent::ToolCallStarted {
             index: self.calls - 1,
             id: text("id"),
             name: text("name"),
-        })
+        }))
     }
 
     /// Adds to a member of the last block.
-    fn add(&mut self, member: &str, more: &str) {
+    fn add(&mut self, member: &str, more: &str) -> Result<(), ProviderError> {
+        self.weight.add_bytes(more.len())?;
         let Some(block) = self.blocks.last_mut().and_then(Value::as_object_mut) else {
-            return;
+            return Ok(());
         };
         match block.get_mut(member) {
             Some(Value::String(so_far)) => so_far.push_str(more),
@@ -490,6 +486,7 @@ impl Reader {
                 block.insert(member.to_owned(), json!(more));
             }
         }
+        Ok(())
     }
 
     /// Counts are totals so far; those not named stay.
@@ -504,7 +501,7 @@ impl Reader {
         self.usage.completion_tokens = usage.output_tokens.unwrap_or(self.usage.completion_tokens);
     }
 
-    fn finish(self, of: String) -> Result<Vec<ModelEvent>, ProviderError> {
+    fn finish(self, of: Owner) -> Result<Vec<ModelEvent>, ProviderError> {
         let reason = self.reason.ok_or_else(|| {
             ProviderError::Protocol("the stream was cut before its finish".to_owned())
         })?;
@@ -520,7 +517,7 @@ impl Reader {
         };
         if self.calls > 0 && self.blocks.iter().any(thought) {
             let value = Value::Array(self.blocks);
-            events.push(ModelEvent::State(ProviderState { of, value }));
+            events.push(ModelEvent::State(ProviderState::new(of, value)));
         }
         events.push(ModelEvent::Finished {
             reason,
@@ -554,10 +551,14 @@ mod tests {
                 content: "It is not there.".to_owned(),
                 failed,
             };
-            let written = messages(&[result], "");
+            let written = messages(&[result], &owner("m"));
             let told = written[0]["content"][0].get("is_error").cloned();
             assert_eq!(told, failed.then_some(json!(true)));
         }
+    }
+
+    fn owner(model: &str) -> Owner {
+        Owner::new("anthropic", "", &SecretString::default(), model)
     }
 
     fn called(arguments: &str) -> Message {
@@ -575,10 +576,10 @@ mod tests {
     #[test]
     fn half_a_call_does_not_make_a_conversation_unusable() {
         for arguments in ["", "{\"a\": ", "[1]", "null"] {
-            let written = messages(&[called(arguments)], "");
+            let written = messages(&[called(arguments)], &owner("m"));
             assert_eq!(written[0]["content"][0]["input"], json!({}), "{arguments}");
         }
-        let written = messages(&[called(r#"{"a": 1}"#)], "");
+        let written = messages(&[called(r#"{"a": 1}"#)], &owner("m"));
         assert_eq!(written[0]["content"][0]["input"], json!({"a": 1}));
     }
 
@@ -615,10 +616,7 @@ mod tests {
         let thought = |of: &str| {
             let mut message = called("{}");
             if let Message::Assistant { state, .. } = &mut message {
-                *state = Some(ProviderState {
-                    of: of.to_owned(),
-                    value: json!([]),
-                });
+                *state = Some(ProviderState::new(owner(of), json!([])));
             }
             message
         };
@@ -627,9 +625,17 @@ mod tests {
             (vec![said(), called("{}"), result()], false),
             (vec![said(), thought("me"), result()], true),
             (vec![said(), thought("another"), result()], false),
+            (
+                vec![said(), thought("me"), result(), called("{}"), result()],
+                true,
+            ),
+            (
+                vec![said(), called("{}"), result(), thought("me"), result()],
+                false,
+            ),
             (vec![said(), called("{}"), result(), said()], true),
         ] {
-            assert_eq!(all_thoughts_are_known(&conversation, "me"), expect);
+            assert_eq!(begins_with_thoughts(&conversation, &owner("me")), expect);
         }
     }
 }

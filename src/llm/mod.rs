@@ -19,10 +19,12 @@ mod openai;
 mod providers;
 mod responses;
 mod sse;
+mod state;
 
 pub use echo::Echo;
 pub use http::{ClientSettings, HttpClient};
 pub use providers::{Credential, KNOWN, Known, ProjectCredentials, Providers, ResolveError};
+pub use state::ProviderState;
 
 /// Someone who sells or runs models.
 #[async_trait]
@@ -177,7 +179,7 @@ pub enum Message {
         /// The tools it called, in order.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         tool_calls: Vec<ToolCall>,
-        /// What its provider wants back with the tools' results.
+        /// What its provider wants back.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         state: Option<ProviderState>,
     },
@@ -191,38 +193,6 @@ pub enum Message {
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         failed: bool,
     },
-}
-
-/// What a provider gave with an answer that calls tools and wants back with their results: its thoughts, sealed or signed. Without
-/// it some refuse to go on, and others think anew. Nobody but the adapter that made it looks into it, and no caller is shown it.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct ProviderState {
-    /// The provider and model that it is of: no other can read it.
-    of: String,
-    /// In the provider's own words.
-    value: Value,
-}
-
-impl ProviderState {
-    /// What stands in it, for the model that it is of.
-    fn for_model<'a>(state: Option<&'a Self>, of: &str) -> Option<&'a Value> {
-        state
-            .filter(|state| state.of == of)
-            .map(|state| &state.value)
-    }
-
-    /// About how many bytes a model reads of it.
-    pub fn size(&self) -> usize {
-        fn texts(value: &Value) -> usize {
-            match value {
-                Value::String(text) => text.len(),
-                Value::Array(items) => items.iter().map(texts).sum(),
-                Value::Object(members) => members.values().map(texts).sum(),
-                _ => 0,
-            }
-        }
-        texts(&self.value)
-    }
 }
 
 impl Message {
@@ -296,7 +266,7 @@ pub enum ModelEvent {
         /// The next piece of its JSON text.
         piece: String,
     },
-    /// What is to be given back with the results of the tools that the answer calls. Right before its end, if at all.
+    /// What the provider wants back in later requests. Right before the end, if at all.
     State(ProviderState),
     /// The end of a whole answer.
     Finished {

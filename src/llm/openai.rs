@@ -12,6 +12,7 @@ use serde_json::{Map, Value, json};
 
 use super::http::{HttpClient, error_object};
 use super::responses::{self, AskedThere};
+use super::state::{Owner, Weight};
 use super::{
     Effort, FinishReason, Message, ModelEvent, ModelRequest, ModelStream, Part, Provider,
     ProviderError, ProviderState, ResponseFormat, ToolCall, ToolChoice, Usage,
@@ -30,7 +31,7 @@ pub(super) struct Dialect {
     logit_bias: bool,
     /// Whether it has the Responses API too, and sends those there who ask for what only that one does.
     responses: bool,
-    /// Whether calls of tools must come with what was thought before them, be it nothing, and `thinking` can be switched off
+    /// Whether answers must come with what was thought before them, be it nothing, once there are tools, and `thinking` can be switched off
     /// (`DeepSeek`, "Thinking mode").
     thoughts_with_calls: bool,
     /// Whether calls of tools must be signed, from a generation on (Google, "Thought signatures").
@@ -107,17 +108,48 @@ impl OpenAi {
     }
 
     /// Whose the states are that come with this model's answers.
-    pub(super) fn of(&self, model: &str) -> String {
-        format!("{}:{model}", self.name)
+    pub(super) fn of(&self, model: &str) -> Owner {
+        Owner::new(&self.name, &self.base_url, &self.key, model)
     }
 
-    async fn complete(&self, request: &ModelRequest) -> Result<ModelStream, ProviderError> {
+    /// Asks where the model is to be asked, and gives back the states of the owner that is named.
+    async fn ask(
+        &self,
+        request: &ModelRequest,
+        given_back: Option<&Owner>,
+    ) -> Result<ModelStream, ProviderError> {
+        let uses_tools = !request.tools.is_empty();
+        if uses_tools && self.asked_there.has(&self.base_url, &request.model) {
+            return responses::stream(self, request, given_back).await;
+        }
+        match self.complete(request, given_back).await {
+            // Its newer models think, and use no tools here while they do. It says so, and where they are to be asked.
+            Err(ProviderError::Rejected(reason))
+                if self.dialect.responses && reason.contains("v1/responses") =>
+            {
+                self.asked_there.add(&self.base_url, &request.model);
+                responses::stream(self, request, given_back).await
+            }
+            answer => answer,
+        }
+    }
+
+    async fn complete(
+        &self,
+        request: &ModelRequest,
+        given_back: Option<&Owner>,
+    ) -> Result<ModelStream, ProviderError> {
         let of = self.of(&request.model);
-        let (post, prompt_bytes) =
-            self.post("chat/completions", &body(request, self.dialect, &of)?)?;
+        let always = self.dialect.thoughts_with_calls && !request.tools.is_empty();
+        let (post, prompt_bytes) = self.post(
+            "chat/completions",
+            &body(request, self.dialect, given_back)?,
+        )?;
         let permit = request.permit.as_deref();
         let mut reader = Reader {
             key: self.key.clone(),
+            whole: request.whole,
+            keeps: always,
             ..Reader::default()
         };
         if request.whole {
@@ -147,16 +179,16 @@ impl OpenAi {
 #[async_trait]
 impl Provider for OpenAi {
     async fn stream(&self, request: ModelRequest) -> Result<ModelStream, ProviderError> {
-        if self.asked_there.has(&self.base_url, &request.model) {
-            return responses::stream(self, &request).await;
-        }
-        match self.complete(&request).await {
-            // Its newer models think, and use no tools here while they do. It says so, and where they are to be asked.
-            Err(ProviderError::Rejected(reason))
-                if self.dialect.responses && reason.contains("v1/responses") =>
+        let of = self.of(&request.model);
+        match self.ask(&request, Some(&of)).await {
+            // A gateway may give what it does not take back, or have lost what it sealed.
+            Err(ProviderError::Rejected(_))
+                if request
+                    .messages
+                    .iter()
+                    .any(|said| said.state_for(&of).is_some()) =>
             {
-                self.asked_there.add(&self.base_url, &request.model);
-                responses::stream(self, &request).await
+                self.ask(&request, None).await
             }
             answer => answer,
         }
@@ -195,7 +227,7 @@ struct Body<'a> {
 fn body<'a>(
     request: &'a ModelRequest,
     dialect: Dialect,
-    of: &str,
+    of: Option<&Owner>,
 ) -> Result<Body<'a>, ProviderError> {
     let tools = request.tools.iter().map(|tool| WrittenTool {
         r#type: "function",
@@ -215,7 +247,7 @@ fn body<'a>(
 fn settings(
     request: &ModelRequest,
     dialect: Dialect,
-    of: &str,
+    of: Option<&Owner>,
 ) -> Result<Map<String, Value>, ProviderError> {
     let system = request
         .system
@@ -223,16 +255,13 @@ fn settings(
         .map(|text| json!({"role": "system", "content": text}));
     let said = request.messages.iter().map(|said| {
         let mut written = message(said);
-        if let Message::Assistant {
-            tool_calls, state, ..
-        } = said
-            && !tool_calls.is_empty()
-        {
-            give_back(ProviderState::for_model(state.as_ref(), of), &mut written);
-            if dialect.thoughts_with_calls && written.get("reasoning_content").is_none() {
+        if let Message::Assistant { tool_calls, .. } = said {
+            give_back(of.and_then(|of| said.state_for(of)), &mut written);
+            let thinks = dialect.thoughts_with_calls && !request.tools.is_empty();
+            if thinks && written.get("reasoning_content").is_none() {
                 written["reasoning_content"] = json!("");
             }
-            if dialect.signed_calls && must_be_signed(&request.model) {
+            if dialect.signed_calls && !tool_calls.is_empty() && must_be_signed(&request.model) {
                 sign(&mut written);
             }
         }
@@ -519,17 +548,22 @@ struct Reader {
     reason: Option<FinishReason>,
     usage: Option<Usage>,
     said_bytes: usize,
+    /// Whether the answer comes in one piece.
+    whole: bool,
+    /// Whether its state is kept though it calls no tools.
+    keeps: bool,
     state: State,
+    weight: Weight,
 }
 
-/// What an answer that calls tools wants back, as it comes.
+/// What is wanted back with an answer, as it comes.
 #[derive(Default, Serialize)]
 struct State {
     /// What was thought, under the one name of several whose owners want it back.
     #[serde(skip_serializing_if = "Option::is_none")]
     reasoning_content: Option<String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    reasoning_details: Vec<Value>,
+    reasoning_details: Vec<Map<String, Value>>,
     /// By the call's place in the answer.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     calls: BTreeMap<usize, Value>,
@@ -542,32 +576,30 @@ impl State {
             && self.calls.is_empty()
     }
 
-    /// Adds a piece of the record to the last one, if it goes on with that.
-    fn add_detail(&mut self, piece: Value) {
-        let goes_on = |last: &Value| {
-            ["type", "index", "id"].iter().all(|key| {
-                piece.get(key).is_none_or(|value| value.is_null())
-                    || last.get(key) == piece.get(key)
-            })
+    /// Adds what comes of the record: an entry, or a piece that goes on with the last one, which bears its number.
+    fn add_detail(&mut self, piece: Map<String, Value>, whole: bool) {
+        let number = piece.get("index").filter(|number| !number.is_null());
+        let goes_on = |last: &Map<String, Value>| {
+            !whole
+                && number.is_some_and(|number| last.get("index") == Some(number))
+                && piece
+                    .get("type")
+                    .is_none_or(|kind| last.get("type") == Some(kind))
         };
-        let Some(last) = self
-            .reasoning_details
-            .last_mut()
-            .filter(|last| goes_on(last))
-        else {
+        let last = self.reasoning_details.last_mut();
+        let Some(last) = last.filter(|last| goes_on(last)) else {
             self.reasoning_details.push(piece);
             return;
         };
-        let Value::Object(members) = piece else {
-            return;
-        };
-        for (name, value) in members {
-            match (name.as_str(), &mut last[name.as_str()], value) {
-                ("text" | "summary" | "data", Value::String(so_far), Value::String(more)) => {
+        for (name, value) in piece {
+            match (name.as_str(), last.get_mut(&name), value) {
+                ("text" | "summary" | "data", Some(Value::String(so_far)), Value::String(more)) => {
                     so_far.push_str(&more)
                 }
-                (_, _, Value::Null) => {}
-                (_, member, value) => *member = value,
+                (_, Some(_), Value::Null) => {}
+                (_, _, value) => {
+                    last.insert(name, value);
+                }
             }
         }
     }
@@ -606,11 +638,15 @@ impl Reader {
             let delta = choice.delta;
             let (thought, said) = delta.content.map(Content::split).unwrap_or_default();
             if let Some(thought) = &delta.reasoning_content {
+                self.weight.add_bytes(thought.len())?;
                 let so_far = self.state.reasoning_content.get_or_insert_default();
                 so_far.push_str(thought);
             }
             for piece in delta.reasoning_details.into_iter().flatten() {
-                self.state.add_detail(piece);
+                self.weight.add(&piece)?;
+                if let Value::Object(piece) = piece {
+                    self.state.add_detail(piece, self.whole);
+                }
             }
             let reasoning = delta.reasoning_content.or(delta.reasoning);
             let thought = reasoning.filter(|text| !text.is_empty()).unwrap_or(thought);
@@ -664,6 +700,7 @@ impl Reader {
             }
         };
         if let Some(extra) = call.extra_content.filter(|extra| !extra.is_null()) {
+            self.weight.add(&extra)?;
             self.state.calls.insert(index, extra);
         }
         if let Some(piece) = call.function.arguments.filter(|piece| !piece.is_empty()) {
@@ -672,7 +709,7 @@ impl Reader {
         Ok(())
     }
 
-    fn finish(self, prompt_bytes: usize, of: String) -> Result<Vec<ModelEvent>, ProviderError> {
+    fn finish(self, prompt_bytes: usize, of: Owner) -> Result<Vec<ModelEvent>, ProviderError> {
         let Some(reason) = self.reason else {
             return Err(ProviderError::Protocol(
                 "the stream was cut before its finish".to_owned(),
@@ -691,9 +728,9 @@ impl Reader {
             ..Usage::default()
         });
         let mut events = Vec::new();
-        if self.begun > 0 && !self.state.is_empty() {
+        if (self.begun > 0 || self.keeps) && !self.state.is_empty() {
             let value = json!(self.state);
-            events.push(ModelEvent::State(ProviderState { of, value }));
+            events.push(ModelEvent::State(ProviderState::new(of, value)));
         }
         events.push(ModelEvent::Finished { reason, usage });
         Ok(events)
@@ -716,11 +753,11 @@ mod tests {
     #[test]
     fn an_answer_without_calls_did_not_end_with_them() {
         let mut reader = Reader::default();
+        let owner = Owner::new("openai", "", &SecretString::default(), "m");
         let chunk =
             json!({"choices": [{"delta": {"content": "Hi"}, "finish_reason": "tool_calls"}]});
         reader.read(chunk.to_string().as_bytes()).unwrap();
-        let [ModelEvent::Finished { reason, .. }] = reader.finish(0, String::new()).unwrap()[..]
-        else {
+        let [ModelEvent::Finished { reason, .. }] = reader.finish(0, owner).unwrap()[..] else {
             panic!("it has finished")
         };
         assert_eq!(reason, FinishReason::Stop);

@@ -12,6 +12,7 @@ use serde_json::{Map, Value, json};
 
 use super::http::error_object;
 use super::openai::OpenAi;
+use super::state::{Owner, Weight};
 use super::{
     Effort, FinishReason, Message, ModelEvent, ModelRequest, ModelStream, Part, ProviderError,
     ProviderState, ResponseFormat, ToolCall, ToolChoice, Usage,
@@ -39,16 +40,17 @@ impl AskedThere {
     }
 }
 
-/// Asks a model. The answer is streamed in any case: its events are those of a whole one.
+/// Asks a model, and gives back the states of the owner that is named. The answer is streamed in any case: its events are those of a whole one.
 ///
 /// # Errors
 /// As [`super::Provider::stream`].
 pub(super) async fn stream(
     provider: &OpenAi,
     request: &ModelRequest,
+    given_back: Option<&Owner>,
 ) -> Result<ModelStream, ProviderError> {
     let of = provider.of(&request.model);
-    let (post, prompt_bytes) = provider.post("responses", &body(request, &of)?)?;
+    let (post, prompt_bytes) = provider.post("responses", &body(request, given_back)?)?;
     let permit = request.permit.as_deref();
     let events = provider.client.events(post, permit, &provider.key).await?;
     let mut events = events.boxed();
@@ -70,7 +72,7 @@ pub(super) async fn stream(
     Ok(stream.boxed())
 }
 
-fn body(request: &ModelRequest, of: &str) -> Result<Value, ProviderError> {
+fn body(request: &ModelRequest, of: Option<&Owner>) -> Result<Value, ProviderError> {
     let sampling = &request.sampling;
     for (param, set) in [
         ("stop", !sampling.stop.is_empty()),
@@ -150,7 +152,7 @@ fn format(wish: &ResponseFormat) -> Value {
 }
 
 /// A message as the items that it is here.
-fn items(message: &Message, of: &str) -> Vec<Value> {
+fn items(message: &Message, of: Option<&Owner>) -> Vec<Value> {
     match message {
         Message::System { content } => vec![json!({"role": "developer", "content": content})],
         Message::User { content } => {
@@ -169,10 +171,10 @@ fn items(message: &Message, of: &str) -> Vec<Value> {
         Message::Assistant {
             content,
             tool_calls,
-            state,
+            ..
         } => {
-            let given = ProviderState::for_model(state.as_ref(), of).and_then(Value::as_array);
-            match given {
+            let given = of.and_then(|of| message.state_for(of));
+            match given.and_then(Value::as_array) {
                 Some(given) => given
                     .iter()
                     .filter_map(|item| given_back(item, tool_calls))
@@ -218,9 +220,10 @@ enum Event {
         alias = "response.refusal.delta"
     )]
     Text { delta: String },
+    /// OpenAI gives it to those who ask, and verified ones at that; others who speak this format give it unasked.
     #[serde(
-        rename = "response.reasoning_summary_text.delta",
-        alias = "response.reasoning_text.delta"
+        rename = "response.reasoning_text.delta",
+        alias = "response.reasoning_summary_text.delta"
     )]
     Reasoning { delta: String },
     #[serde(rename = "response.output_item.added")]
@@ -288,6 +291,7 @@ struct Reader {
     calls: HashMap<u64, usize>,
     /// The items as they were given, in their order.
     items: Vec<Value>,
+    weight: Weight,
     said_bytes: usize,
     ending: Option<Ending>,
 }
@@ -316,12 +320,17 @@ impl Reader {
                 })
             }
             Event::Done { item } => {
-                self.keep(item);
+                self.keep(item)?;
                 None
             }
             Event::Ended { response } => {
                 if let Some(error) = response.error.as_ref().filter(|error| !error.is_null()) {
                     return Err(self.failure(error));
+                }
+                if !["completed", "incomplete"].contains(&response.status.as_str()) {
+                    return Err(ProviderError::Protocol(
+                        "the response ended as neither completed nor incomplete".to_owned(),
+                    ));
                 }
                 self.ending = Some(response);
                 None
@@ -354,14 +363,15 @@ impl Reader {
         })
     }
 
-    fn keep(&mut self, item: Value) {
-        match item["type"].as_str() {
-            Some("function_call") => self
-                .items
-                .push(json!({"type": "function_call", "call_id": item["call_id"]})),
-            Some("reasoning" | "message") => self.items.push(item),
-            _ => {}
-        }
+    fn keep(&mut self, item: Value) -> Result<(), ProviderError> {
+        let item = match item["type"].as_str() {
+            Some("function_call") => json!({"type": "function_call", "call_id": item["call_id"]}),
+            Some("reasoning" | "message") => item,
+            _ => return Ok(()),
+        };
+        self.weight.add(&item)?;
+        self.items.push(item);
+        Ok(())
     }
 
     fn failure(&self, error: &Value) -> ProviderError {
@@ -374,7 +384,7 @@ impl Reader {
         }
     }
 
-    fn finish(self, prompt_bytes: usize, of: String) -> Result<Vec<ModelEvent>, ProviderError> {
+    fn finish(self, prompt_bytes: usize, of: Owner) -> Result<Vec<ModelEvent>, ProviderError> {
         let Some(ending) = self.ending else {
             return Err(ProviderError::Protocol(
                 "the stream was cut before its finish".to_owned(),
@@ -391,7 +401,7 @@ impl Reader {
         let thought = self.items.iter().any(|item| item["type"] == "reasoning");
         if thought && !self.calls.is_empty() {
             let value = Value::Array(self.items);
-            events.push(ModelEvent::State(ProviderState { of, value }));
+            events.push(ModelEvent::State(ProviderState::new(of, value)));
         }
         let usage = ending.usage.map_or_else(
             || Usage {

@@ -3,7 +3,7 @@
 use axum::body::Bytes;
 use serde_json::{Value, json};
 
-use crate::harness::{Reply, TestApp, answer, called, chunk, ending};
+use crate::harness::{Reply, TestApp, answer, called, chunk, ending, said};
 
 async fn agent(app: &TestApp, model: &str, others: Value) {
     let mut body = json!({"name": "a", "model": model});
@@ -18,8 +18,12 @@ fn weather() -> Value {
     json!([{"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}}])
 }
 
-/// Asks for the weather, answers the call in the session, and returns what the second request said of the first answer.
+/// Asks for the weather, answers the call in the session, and returns the second request.
 async fn answer_a_call(app: &TestApp) -> Value {
+    answer_a_call_in_session(app).await.0
+}
+
+async fn answer_a_call_in_session(app: &TestApp) -> (Value, String) {
     let first = app
         .chat(json!({"agent": "a", "tools": weather(), "messages": [{"role": "user", "content": "Weather?"}]}))
         .send()
@@ -40,7 +44,7 @@ async fn answer_a_call(app: &TestApp) -> Value {
     assert_eq!(status, 200, "{body}");
     let (_, stored) = answer(app.get(&format!("/v1/chat/sessions/{session}/messages"))).await;
     assert!(!stored.to_string().contains("sealed"), "{stored}");
-    app.upstream.asked().pop().unwrap()
+    (app.upstream.asked().pop().unwrap(), session)
 }
 
 /// A call whose first chunk says more than OpenAI's does.
@@ -71,6 +75,29 @@ async fn deepseek_gets_its_thoughts_back_and_an_empty_one_where_there_was_none()
         assert_eq!(message.unwrap()["reasoning_content"], expect, "{asked}");
         assert!(asked.get("thinking").is_none());
     }
+    // Once there are tools it wants them of every answer, those without calls too.
+    let thoughts = [
+        chunk(&json!({"reasoning_content": "Sun is sealed."}), None),
+        chunk(&json!({"content": "Sunny."}), None),
+    ];
+    let reply = thoughts.into_iter().chain(ending("stop")).collect();
+    app.upstream
+        .will(Reply::Stream(call_with(None, &Value::Null)));
+    app.upstream.will(Reply::Stream(reply));
+    let (asked, session) = answer_a_call_in_session(&app).await;
+    assert_eq!(asked["messages"].as_array().unwrap().len(), 4, "{asked}");
+    app.upstream.will_say("Still sunny.");
+    let next = json!({"agent": "a", "tools": weather(), "messages": [{"role": "user", "content": "And now?"}]});
+    answer(app.chat(next).header("x-session-id", session)).await;
+    let asked = app.upstream.asked().pop().unwrap();
+    let thoughts: Vec<&Value> = asked["messages"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|message| message["role"] == "assistant")
+        .map(|message| &message["reasoning_content"])
+        .collect();
+    assert_eq!(thoughts, ["", "Sun is sealed."], "{asked}");
     // Left alone it thinks; it has a switch.
     let body = json!({"agent": "a", "reasoning_effort": "none", "messages": [{"role": "user", "content": "Hi"}]});
     app.upstream.will_say("Hi.");
@@ -119,6 +146,12 @@ async fn a_task_goes_on_with_what_its_model_wants_back_and_another_model_is_not_
     );
     let (_, activity) = answer(app.get(&format!("/v1/tasks/{id}/activity"))).await;
     assert!(!activity.to_string().contains("sealed"), "{activity}");
+    let tool = activity["entries"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|entry| entry["event"] == "tool");
+    assert!(tool.unwrap()["data"].get("message").is_none(), "{activity}");
     let session = task["sessionId"].as_str().unwrap();
     let (_, told) = answer(app.get(&format!("/v1/chat/sessions/{session}/messages"))).await;
     assert!(
@@ -154,22 +187,78 @@ async fn the_record_of_thoughts_that_comes_in_pieces_goes_back_whole() {
     let detail = |piece: Value| chunk(&json!({"reasoning_details": [piece]}), None);
     let mut reply = vec![
         detail(json!({"type": "reasoning.text", "index": 0, "text": "It is ", "format": "f"})),
+        detail(json!("nonsense")),
         detail(json!({"type": "reasoning.text", "index": 0, "text": "sealed."})),
-        detail(json!({"type": "reasoning.text", "index": 0, "signature": "s"})),
+        detail(json!({"type": "reasoning.text", "index": 0, "text": null, "signature": "s"})),
         detail(json!({"type": "reasoning.encrypted", "index": 1, "data": "x"})),
+        detail(json!({"type": "reasoning.encrypted", "data": "y"})),
+        detail(json!({"type": "reasoning.encrypted", "data": "z"})),
     ];
-    reply.extend(called(&[("c1", "get_weather", &["{}"])]));
-    app.upstream.will(Reply::Stream(reply));
+    reply.extend(called(&[("c1", "memory_get", &["{}"])]));
+    // A task's model is asked for a stream, whose pieces are put together.
+    app.upstream.will(Reply::Stream(reply.clone()));
+    app.upstream.will_say("Done.");
+    let id = app.task("Look", json!({"assignTo": "a"})).await;
+    app.until(&id, "done").await;
+    let asked = app.upstream.asked().pop().unwrap();
+    assert_eq!(
+        asked["messages"][2]["reasoning_details"],
+        json!([
+            {"type": "reasoning.text", "index": 0, "text": "It is sealed.", "format": "f", "signature": "s"},
+            {"type": "reasoning.encrypted", "index": 1, "data": "x"},
+            {"type": "reasoning.encrypted", "data": "y"},
+            {"type": "reasoning.encrypted", "data": "z"},
+        ])
+    );
+
+    // In an answer of one piece each entry is one.
+    let reply = vec![
+        detail(json!({"type": "reasoning.text", "index": 0, "text": "a"})),
+        detail(json!({"type": "reasoning.text", "index": 0, "text": "b"})),
+    ];
+    let reply = reply
+        .into_iter()
+        .chain(called(&[("c1", "get_weather", &["{}"])]));
+    app.upstream.will(Reply::Stream(reply.collect()));
     app.upstream.will_say("Sunny.");
     let asked = answer_a_call(&app).await;
     let message = asked["messages"].as_array().unwrap().iter().rev().nth(1);
-    assert_eq!(
-        message.unwrap()["reasoning_details"],
-        json!([
-            {"type": "reasoning.text", "index": 0, "text": "It is sealed.", "format": "f", "signature": "s"},
-            {"type": "reasoning.encrypted", "index": 1, "data": "x"}
-        ])
-    );
+    let details = message.unwrap()["reasoning_details"].as_array();
+    assert_eq!(details.unwrap().len(), 2, "{asked}");
+}
+
+#[tokio::test]
+async fn who_does_not_take_back_what_it_gave_is_asked_without_it() {
+    let app = TestApp::start().await;
+    agent(&app, "openai:scripted", json!({})).await;
+    app.upstream.answers(|request| {
+        let answers = request["messages"].as_array().unwrap().iter();
+        let results = answers.clone().filter(|message| message["role"] == "tool");
+        if results.count() == 0 {
+            return Reply::Stream(call_with(Some("Hm."), &Value::Null));
+        }
+        if request.to_string().contains("reasoning_content") {
+            let refusal =
+                json!({"error": {"message": "Extra inputs are not permitted: reasoning_content"}});
+            return Reply::Plain(422, vec![], refusal.to_string());
+        }
+        Reply::Stream(said("Sunny."))
+    });
+    answer_a_call(&app).await;
+    assert_eq!(app.upstream.asked().len(), 3);
+}
+
+#[tokio::test]
+async fn what_is_kept_of_an_answer_is_bounded() {
+    let app = TestApp::start().await;
+    agent(&app, "openai:scripted", json!({})).await;
+    let piece = json!({"reasoning_details": [{"type": "reasoning.encrypted", "data": "x".repeat(1024 * 1024)}]});
+    app.upstream.will(Reply::Flood(10_000, chunk(&piece, None)));
+    let hello =
+        json!({"agent": "a", "stream": true, "messages": [{"role": "user", "content": "Hi"}]});
+    let told = app.chat(hello).send().await.unwrap().text().await.unwrap();
+    assert!(told.contains("provider_error"), "{told}");
+    assert!(app.upstream.flooded() < 100 * 1024 * 1024);
 }
 
 fn event(kind: &str, mut data: Value) -> Bytes {
@@ -293,6 +382,9 @@ async fn claude_gets_its_thoughts_back_as_they_were_and_thinks_on() {
 
 /// OpenAI's newer models: no tools with chat completions, and the place to ask instead.
 fn refuses_tools(request: &Value) -> Reply {
+    if request["input"].is_null() && request["tools"].is_null() {
+        return Reply::Stream(said("Without tools."));
+    }
     if request["input"].is_null() {
         let refusal = json!({"error": {"message": "Function tools with reasoning_effort are not supported for gpt-5.6 in /v1/chat/completions. To use function tools, use /v1/responses or set reasoning_effort to 'none'.", "type": "invalid_request_error", "param": "reasoning_effort", "code": null}});
         return Reply::Plain(400, vec![], refusal.to_string());
@@ -433,10 +525,17 @@ async fn what_the_responses_api_says_is_told_as_of_any_model() {
         json!({"prompt_tokens": 11, "completion_tokens": 7, "total_tokens": 18, "prompt_tokens_details": {"cached_tokens": 3}, "completion_tokens_details": {"reasoning_tokens": 2}})
     );
 
-    // What it has no word for is refused by name.
+    // What it has no word for is refused by name, but not to those who use no tools.
     let (status, told) = answer(hello(json!({"stop": ["x"]}))).await;
     assert_eq!(status, 400);
     assert!(told["error"].as_str().unwrap().contains("`stop`"), "{told}");
+    let bare = json!({"name": "bare", "model": "openai:gpt-5.6", "allowedTools": []});
+    answer(app.post("/v1/agents", bare)).await;
+    let (_, told) = answer(hello(json!({"agent": "bare", "stop": ["x"]}))).await;
+    assert_eq!(
+        told["choices"][0]["message"]["content"], "Without tools.",
+        "{told}"
+    );
 
     let failed = |error: Value| {
         Reply::Stream(vec![event(
