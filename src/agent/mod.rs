@@ -4,6 +4,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::{Stream, StreamExt};
 
@@ -37,6 +38,8 @@ pub enum TurnEvent {
     Tool(ToolUse),
     /// The answer so far does not count: the model is asked once more.
     Restarted,
+    /// What was said of the step under way does not count: its provider has broken off, and is asked again.
+    Broken,
     /// One call of the model has ended. The server's tools that it calls run after this.
     Step(Step),
     /// The conversation was shortened so that it fits the model.
@@ -105,6 +108,40 @@ pub struct Course {
     pub open: Vec<ToolCall>,
     /// How many tokens the model can read; the conversation is shortened before it has more. `None` leaves it alone.
     pub window: Option<u64>,
+    /// What is done about a provider that breaks off.
+    pub again: Again,
+}
+
+/// How a step is asked for again that its provider has broken off: what was done before it is not done again.
+#[derive(Debug, Clone)]
+pub struct Again {
+    /// How long to rest before each further try; a provider that asks for more gets it.
+    pub pauses: Vec<Duration>,
+    /// Whether words can be taken back ([`TurnEvent::Broken`]), and there is time: then also a step is waited for that is refused at the moment.
+    pub takes_back: bool,
+}
+
+impl Again {
+    /// How long to rest after a failure; `None` when to ask again would not help, or not soon.
+    fn rest(&self, error: &ProviderError, pause: Duration) -> Option<Duration> {
+        match error {
+            ProviderError::RateLimited {
+                retry_after: Some(wish),
+            } => Some(pause.max(*wish)).filter(|rest| *rest <= LONGEST_REST),
+            // Whoever waits for the words has waited long enough.
+            ProviderError::Idle(_) if !self.takes_back => None,
+            error => error.is_transient().then_some(pause),
+        }
+    }
+}
+
+/// The longest rest that a provider may ask for in the middle of a turn.
+const LONGEST_REST: Duration = Duration::from_secs(300);
+
+fn has_worked(messages: &[Message]) -> bool {
+    messages
+        .iter()
+        .any(|message| matches!(message, Message::Assistant { .. }))
 }
 
 impl Course {
@@ -116,6 +153,10 @@ impl Course {
             calls: MODEL_CALLS,
             open: Vec::new(),
             window: None,
+            again: Again {
+                pauses: vec![Duration::from_millis(250)],
+                takes_back: false,
+            },
         }
     }
 }
@@ -132,16 +173,17 @@ pub fn turn(
     toolbox: Arc<dyn Toolbox>,
 ) -> impl Stream<Item = Result<TurnEvent, TurnError>> + Send {
     async_stream::try_stream! {
-        let Course { format, repair, calls: most, mut open, window } = course;
-        format.prepare(&mut request, provider.supports_json_schema());
+        let Course { format, repair, calls: most, mut open, window, again } = course;
         let callers: HashSet<String> = request.tools.iter().map(|tool| tool.name.clone()).collect();
         request.tools.extend_from_slice(toolbox.tools());
+        let enforced = provider.supports_format(&request);
+        format.prepare(&mut request, enforced);
         let mut repairs_left = u8::from(repair == Repair::Once);
         let mut compactor = compact::Compactor::new(window);
         // Whether the next words follow others, said before a tool was called.
         let mut follows = false;
         let mut asked = 0;
-        loop {
+        'turn: loop {
             let calls = if open.is_empty() {
                 if asked == most {
                     Err(TurnError::TooManyCalls(most))?;
@@ -150,39 +192,57 @@ pub fn turn(
                 while let Some(compaction) = compactor.shorten(&*provider, &mut request).await? {
                     yield TurnEvent::Compacted(compaction);
                 }
-                let (mut answer, mut said) = (Answer::default(), 0);
-                let mut places = Places::new(&callers);
-                let mut stream = match provider.stream(request.clone()).await {
-                    Err(ProviderError::ContextTooLong) if compactor.insist(&request) => continue,
-                    stream => stream?,
+                let mut pauses = again.pauses.iter();
+                let (step, mut words) = 'step: loop {
+                    let mut places = Places::new(&callers);
+                    let mut words = Words::of(&format);
+                    // Whether the model has begun to answer, and whether the caller has heard of it.
+                    let (mut begun, mut heard) = (false, false);
+                    let mut call = Box::pin(call_model(&*provider, request.clone()));
+                    let error = loop {
+                        let event = match call.next().await {
+                            Some(Ok(Called::Begun)) => {
+                                begun = true;
+                                compactor.fits();
+                                continue;
+                            }
+                            Some(Ok(Called::Ended(step))) => break 'step (step, words),
+                            Some(Ok(Called::Said(event))) => event,
+                            Some(Err(error)) => break error,
+                            None => break ProviderError::Protocol("the call ended without an end".to_owned()),
+                        };
+                        let Some(event) = words.hear(event) else { continue };
+                        if follows && matches!(event, ModelEvent::Text(_)) {
+                            follows = false;
+                            yield TurnEvent::Paragraph;
+                        }
+                        if let Some(event) = places.route(event) {
+                            heard = true;
+                            yield event;
+                        }
+                    };
+                    drop(call);
+                    if matches!(error, ProviderError::ContextTooLong) && compactor.insist(&request) {
+                        continue 'turn;
+                    }
+                    // A call that nobody began to answer has been tried several times already. What was done before it is worth waiting for.
+                    let worth_it = begun || (again.takes_back && has_worked(&request.messages));
+                    let pause = pauses.next().filter(|_| worth_it && (again.takes_back || !heard));
+                    let Some(pause) = pause.and_then(|pause| again.rest(&error, *pause)) else {
+                        Err(error)?
+                    };
+                    tracing::warn!(model = request.model, "a step of a turn is asked for again: {}", error.told());
+                    if heard {
+                        yield TurnEvent::Broken;
+                    }
+                    tokio::time::sleep(pause).await;
                 };
-                compactor.fits();
-                let step = loop {
-                    let event = stream.next().await.ok_or_else(|| {
-                        ProviderError::Protocol("the stream ended without a finish".to_owned())
-                    })??;
-                    if let ModelEvent::Finished { reason, usage } = event {
-                        break answer.into_step(reason, usage);
-                    }
-                    answer.push(&event);
-                    said += event.bytes();
-                    if said > LONGEST_ANSWER || answer.tool_calls.len() > MOST_CALLS {
-                        Err(ProviderError::Protocol(format!(
-                            "it is longer than {LONGEST_ANSWER} bytes, or calls more than {MOST_CALLS} tools"
-                        )))?;
-                    }
-                    if follows && matches!(event, ModelEvent::Text(_)) {
-                        follows = false;
-                        yield TurnEvent::Paragraph;
-                    }
-                    if let Some(event) = places.route(event) {
-                        yield event;
-                    }
-                };
-                drop(stream);
                 let checked = format.check(&step);
                 let message = step.message.clone();
                 let calls = step.calls_to_run(&callers);
+                if calls.is_none() && let Some(event) = words.release() {
+                    yield TurnEvent::Delta(event);
+                }
                 yield TurnEvent::Step(step);
                 if let Err(error) = checked {
                     if repairs_left == 0 {
@@ -199,7 +259,7 @@ pub fn turn(
                 if message.text().is_some() {
                     if matches!(format, OutputFormat::Text) {
                         follows = true;
-                    } else if repair == Repair::Never {
+                    } else if repair == Repair::Never && words.were_told() {
                         Err(FormatError::said_before_a_tool())?;
                     }
                 }
@@ -229,6 +289,89 @@ pub fn turn(
                 request.tool_choice = None;
             }
         }
+    }
+}
+
+/// What a call of the model comes to.
+enum Called {
+    /// The provider answers.
+    Begun,
+    Said(ModelEvent),
+    Ended(Step),
+}
+
+/// Calls the model once.
+fn call_model(
+    provider: &dyn Provider,
+    request: ModelRequest,
+) -> impl Stream<Item = Result<Called, ProviderError>> + Send {
+    async_stream::try_stream! {
+        let mut stream = provider.stream(request).await?;
+        yield Called::Begun;
+        let (mut answer, mut said) = (Answer::default(), 0);
+        loop {
+            let event = stream.next().await.ok_or_else(|| {
+                ProviderError::Protocol("the stream ended without a finish".to_owned())
+            })??;
+            if let ModelEvent::Finished { reason, usage } = event {
+                yield Called::Ended(answer.into_step(reason, usage));
+                return;
+            }
+            answer.push(&event);
+            said += event.bytes();
+            if said > LONGEST_ANSWER || answer.tool_calls.len() > MOST_CALLS {
+                Err(ProviderError::Protocol(format!(
+                    "it is longer than {LONGEST_ANSWER} bytes, or calls more than {MOST_CALLS} tools"
+                )))?;
+            }
+            yield Called::Said(event);
+        }
+    }
+}
+
+/// The words of a step where JSON is to come. A model may say first what it is about to do and then call a tool: such words are held back until
+/// it is known whether they are the answer.
+struct Words {
+    waiting: String,
+    held: bool,
+    told: bool,
+}
+
+impl Words {
+    fn of(format: &OutputFormat) -> Self {
+        Self {
+            waiting: String::new(),
+            held: !matches!(format, OutputFormat::Text),
+            told: false,
+        }
+    }
+
+    /// What may be told of an event.
+    fn hear(&mut self, event: ModelEvent) -> Option<ModelEvent> {
+        let ModelEvent::Text(text) = event else {
+            return Some(event);
+        };
+        if !self.held {
+            self.told = true;
+            return Some(ModelEvent::Text(text));
+        }
+        self.waiting += &text;
+        let begins = self.waiting.trim_start().chars().next()?;
+        // All JSON but a bare word, which could be prose.
+        let is_json = matches!(begins, '{' | '[' | '"' | '-' | '0'..='9');
+        if is_json { self.release() } else { None }
+    }
+
+    /// What was held back.
+    fn release(&mut self) -> Option<ModelEvent> {
+        self.held = false;
+        let waiting = std::mem::take(&mut self.waiting);
+        self.told |= !waiting.is_empty();
+        (!waiting.is_empty()).then_some(ModelEvent::Text(waiting))
+    }
+
+    fn were_told(&self) -> bool {
+        self.told
     }
 }
 

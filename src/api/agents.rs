@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::error::{ApiError, ErrorBody};
-use super::extract::{Door, Json, Listed, Page, Path, Query};
+use super::extract::{Door, Json, Listed, Page, Path, Query, plain};
 use crate::app::App;
 use crate::ids::{self, Id};
 use crate::llm::Effort;
@@ -468,9 +468,15 @@ fn merge(definition: &mut Map<String, Value>, change: Map<String, Value>) {
 
 pub(super) fn check(app: &App, definition: &Map<String, Value>) -> Result<(), ApiError> {
     for (key, value) in definition {
+        // Each member of an identity by itself, so that the one at fault is named.
+        let members = value.as_object().filter(|_| key == "identity");
+        for (member, value) in members.into_iter().flatten() {
+            let alone = Value::Object(Map::from_iter([(member.clone(), value.clone())]));
+            let place = format!("identity.{member}");
+            check_alone(key, &place, json!({"identity": alone}))?;
+        }
         let alone = Value::Object(Map::from_iter([(key.clone(), value.clone())]));
-        serde_json::from_value::<AgentFields>(alone)
-            .map_err(|error| ApiError::invalid(key, format!("`{key}` is not valid: {error}.")))?;
+        check_alone(key, key, alone)?;
     }
     let tools = definition.get("allowedTools").and_then(Value::as_array);
     if tools.is_some_and(|tools| tools.len() > TOOLS) {
@@ -506,6 +512,16 @@ pub(super) fn check(app: &App, definition: &Map<String, Value>) -> Result<(), Ap
             format!("`model` \"{model}\" names no known provider: write `provider:model`."),
         )),
         _ => Ok(()),
+    }
+}
+
+fn check_alone(key: &str, place: &str, alone: Value) -> Result<(), ApiError> {
+    match serde_json::from_value::<AgentFields>(alone) {
+        Ok(_) => Ok(()),
+        Err(error) => {
+            let sentence = format!("`{place}` is not valid: {}.", plain(error.to_string()));
+            Err(ApiError::invalid(key, sentence))
+        }
     }
 }
 

@@ -50,6 +50,9 @@ pub struct Reject {
     /// What is to be done better.
     #[schema(value_type = String, min_length = 1, max_length = 20000)]
     pub feedback: Option<String>,
+    /// Another name for `feedback`, which may be absent then and counts where both are given.
+    #[schema(max_length = 20000)]
+    pub reason: Option<String>,
     /// Who says so; `user` when absent.
     #[schema(max_length = 200)]
     pub resolved_by: Option<String>,
@@ -176,10 +179,10 @@ pub async fn reject(
     MaybeJson(no): MaybeJson<Reject>,
 ) -> Result<Json<ApprovalView>, ApiError> {
     let approval = approval_id(&id)?;
-    let feedback = no
-        .feedback
-        .as_deref()
-        .filter(|feedback| !feedback.trim().is_empty());
+    let feedback = [no.feedback.as_deref(), no.reason.as_deref()]
+        .into_iter()
+        .flatten()
+        .find(|feedback| !feedback.trim().is_empty());
     let feedback = feedback.ok_or_else(|| ApiError::invalid("feedback", "feedback: required"))?;
     short("feedback", Some(feedback), 20_000)?;
     short("resolvedBy", no.resolved_by.as_deref(), 200)?;

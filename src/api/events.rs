@@ -29,8 +29,6 @@ use crate::store::{EventRow, ProjectDb, Result as StoreResult, Stream, Topic};
 
 /// Events that a feed keeps for its readers.
 const KEPT: usize = 256;
-/// Events that are read from the log at once.
-const PAGE: i64 = 500;
 /// A reader that is further behind than this is dropped.
 const BEHIND: i64 = 20_000;
 /// How often a reader's key is looked at again. It is known without asking the database; the admin's project is not.
@@ -123,17 +121,16 @@ async fn fill(app: App, db: ProjectDb, mut last: i64, feed: Weak<Feed>) {
 
 async fn read_on(db: &ProjectDb, last: &mut i64, feed: &Weak<Feed>) -> StoreResult<()> {
     loop {
-        let rows = db.in_time(db.events_after(*last, PAGE)).await?;
+        let page = db.in_time(db.events_after(*last)).await?;
         let Some(feed) = feed.upgrade() else {
             return Ok(());
         };
-        let count = rows.len();
-        for row in rows {
+        for row in page.rows {
             *last = row.seq;
             // Nobody listens at the moment: they read the log when they come.
             let _ = feed.0.send(Arc::new(row.into()));
         }
-        if i64::try_from(count).is_ok_and(|count| count < PAGE) {
+        if page.is_last {
             return Ok(());
         }
     }
@@ -270,14 +267,13 @@ impl Reader {
         if self.checked.elapsed() >= RECHECK {
             self.recheck().await?;
         }
-        let rows = self.db.events_after(self.after, PAGE).await;
-        let rows = rows.map_err(|error| {
+        let page = self.db.events_after(self.after).await;
+        let page = page.map_err(|error| {
             tracing::warn!("an event reader is dropped: {error}");
             "the log cannot be read at the moment"
         })?;
-        let caught_up = i64::try_from(rows.len()).is_ok_and(|count| count < PAGE);
         let mut pieces = Vec::new();
-        for row in rows {
+        for row in page.rows {
             // Numbers have no gaps: what is missing was pruned since. What stands before it goes out first.
             if row.seq > self.after + 1 {
                 return match pieces.is_empty() {
@@ -287,7 +283,7 @@ impl Reader {
             }
             pieces.extend(self.admit(&row.into()));
         }
-        Ok((pieces, caught_up))
+        Ok((pieces, page.is_last))
     }
 
     /// A stream must not outlive its key.

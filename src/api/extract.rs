@@ -161,6 +161,7 @@ pub(super) fn plain(mut said: String) -> String {
         ("invalid type: sequence", "invalid type: array"),
         ("invalid type: map", "invalid type: object"),
         ("invalid type: unit", "invalid type: null"),
+        ("expected string or map", "expected a string"),
         ("unknown variant", "unknown value"),
         (
             "invalid digit found in string",
@@ -175,6 +176,17 @@ pub(super) fn plain(mut said: String) -> String {
         if said.contains(rust) {
             said = said.replace(rust, json);
         }
+    }
+    // `data did not match any variant of untagged enum Responsibility`.
+    let untagged = "data did not match any variant of untagged enum ";
+    if let Some(at) = said.find(untagged) {
+        let rest = &said[at + untagged.len()..];
+        let name = rest.find(' ').unwrap_or(rest.len());
+        said = format!(
+            "{}it has none of its known forms{}",
+            &said[..at],
+            &rest[name..]
+        );
     }
     // `expected struct CreateTask with 8 elements`, `expected internally tagged enum Expectation`.
     for kind in ["expected struct ", "expected internally tagged enum "] {
@@ -355,6 +367,14 @@ mod tests {
             (
                 "invalid length 1, expected struct Escalation with 2 elements at line 1 column 3",
                 "invalid length 1, expected an object at line 1 column 3",
+            ),
+            (
+                "data did not match any variant of untagged enum Responsibility at line 1 column 3",
+                "it has none of its known forms at line 1 column 3",
+            ),
+            (
+                "invalid type: integer `1`, expected string or map",
+                "invalid type: integer `1`, expected a string",
             ),
             ("missing field `title`", "missing field `title`"),
         ] {

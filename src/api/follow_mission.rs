@@ -30,8 +30,6 @@ use crate::task::{Place, Status as TaskStatus};
 
 /// Listeners say this often that they are there.
 const PRESENCE: Duration = Duration::from_secs(5);
-/// Events that are read at once.
-const PAGE: i64 = 500;
 /// What comes within so short a time goes out together.
 const GATHER: Duration = Duration::from_millis(20);
 /// How often the caller's key is looked at again.
@@ -226,13 +224,12 @@ impl Following {
     async fn look(&mut self) -> Result<(Vec<Bytes>, Option<Bytes>), ApiError> {
         let mut pieces = Vec::new();
         loop {
-            let rows = self.db.events_after(self.after, PAGE).await?;
-            let whole = i64::try_from(rows.len()).is_ok_and(|count| count < PAGE);
-            for row in rows {
+            let page = self.db.events_after(self.after).await?;
+            for row in page.rows {
                 self.after = row.seq;
                 self.hear(&row, &mut pieces).await?;
             }
-            if whole {
+            if page.is_last {
                 break;
             }
         }

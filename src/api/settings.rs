@@ -4,9 +4,11 @@ use axum::extract::State;
 use serde_json::{Map, Value, json};
 
 use super::error::{ApiError, ErrorBody};
-use super::extract::{Door, Json};
-use crate::app::App;
+use super::extract::{Door, Json, plain};
+use crate::app::{App, CredentialsError, ModelError};
 use crate::event::Event;
+use crate::llm::ResolveError;
+use crate::store::ProjectDb;
 use crate::task::Settings;
 
 /// Read the project's settings, defaults included.
@@ -29,6 +31,21 @@ pub async fn update_settings(
     Door(db): Door,
     Json(change): Json<Map<String, Value>>,
 ) -> Result<Json<Value>, ApiError> {
+    // What another version has stored is not this caller's fault, nor what has become of a provider since.
+    let set = change
+        .iter()
+        .filter(|(_, value)| !value.is_null())
+        .map(|(setting, value)| (setting.clone(), value.clone()));
+    let given = check(&set.collect())?;
+    for (setting, model) in [
+        ("defaultModel", &given.default_model),
+        ("judgeModel", &given.judge_model),
+        ("orchestratorModel", &given.orchestrator_model),
+    ] {
+        if let Some(model) = model {
+            check_model(&app, &db, (setting, setting), model).await?;
+        }
+    }
     let mut tx = db.begin();
     let mut body = tx.lock_settings().await?;
     for (setting, value) in &change {
@@ -43,22 +60,7 @@ pub async fn update_settings(
             body.insert(setting.clone(), value.clone());
         }
     }
-    // What another version has stored is not this caller's fault.
-    let set = change.into_iter().filter(|(_, value)| !value.is_null());
-    check(&set.collect())?;
     let settings = Settings::restored(&body);
-    for (setting, model) in [
-        ("defaultModel", &settings.default_model),
-        ("judgeModel", &settings.judge_model),
-        ("orchestratorModel", &settings.orchestrator_model),
-    ] {
-        if let Some(model) = model.as_deref().filter(|model| !app.providers.knows(model)) {
-            return Err(ApiError::invalid(
-                setting,
-                format!("`{setting}` \"{model}\" names no known provider: write `provider:model`."),
-            ));
-        }
-    }
     tx.save_settings(&body).await?;
     tx.emit(Event::new("config:reloaded", json!({})));
     // There may be more places now; who waits for one looks for itself.
@@ -71,7 +73,35 @@ pub async fn update_settings(
 }
 
 fn check(body: &Map<String, Value>) -> Result<Settings, ApiError> {
-    Settings::read(body).map_err(|error| ApiError::invalid(&error.setting, error.message))
+    Settings::read(body, plain).map_err(|error| ApiError::invalid(&error.setting, error.message))
+}
+
+/// Refuses a model of a provider that neither the server nor the project knows. A provider without a key may get one later.
+/// `param` is the member of the request, `place` what in it names the model.
+pub(super) async fn check_model(
+    app: &App,
+    db: &ProjectDb,
+    (param, place): (&str, &str),
+    model: &str,
+) -> Result<(), ApiError> {
+    let is_unknown = match app.resolve(db, model).await {
+        Err(ModelError::Unusable(ResolveError::Unknown(_))) => true,
+        // Which providers the project has cannot be told; its own might be meant.
+        Err(ModelError::Credentials(CredentialsError::Sealed { .. })) => {
+            !app.providers.knows(model)
+        }
+        Err(ModelError::Credentials(error)) => return Err(error.into()),
+        Ok(_) | Err(ModelError::Unusable(_)) => false,
+    };
+    if !is_unknown {
+        return Ok(());
+    }
+    Err(ApiError::invalid(
+        param,
+        format!(
+            "`{place}` \"{model}\" names no known provider: write `provider:model`, with a provider that the server or the project has."
+        ),
+    ))
 }
 
 /// Change settings, by the newer path.

@@ -386,13 +386,14 @@ pub struct StopTask {
 }
 
 impl StopTask {
-    /// The reason, if one is given.
+    /// The reason, if one is given: an empty one is none.
     ///
     /// # Errors
     /// 400 for one that is too long.
     pub(super) fn reason(&self) -> Result<Option<&str>, ApiError> {
         check_length("reason", self.reason.as_deref(), REASON)?;
-        Ok(self.reason.as_deref())
+        let reason = self.reason.as_deref();
+        Ok(reason.filter(|reason| !reason.trim().is_empty()))
     }
 }
 

@@ -11,13 +11,14 @@ use super::auth::Presented;
 use super::error::{ApiError, ErrorBody};
 use super::extract::{Door, Json, Listed, MaybeJson, Page, Path, Query};
 use super::follow;
+use super::settings::check_model;
 use super::shapes::TaskShape;
 use super::task_bodies::{CreateTask, StopTask, UpdateTask, status_of};
 use crate::app::App;
 use crate::ids::{self, Id};
 use crate::lifecycle::{self, LifecycleError};
 use crate::store::{ProjectDb, StoreError, TaskFilter};
-use crate::task::{Status, Task};
+use crate::task::{RetryPolicy, Status, Task};
 
 /// A task (contract 2.6.1).
 #[derive(Debug, Serialize, utoipa::ToSchema)]
@@ -90,6 +91,26 @@ pub(super) fn refused(error: LifecycleError, id: &str) -> ApiError {
     }
 }
 
+/// Refuses a policy that would give the work to an agent that does not exist, or to a model of a provider that nobody knows.
+async fn check_policy(app: &App, db: &ProjectDb, policy: &RetryPolicy) -> Result<(), ApiError> {
+    if let Some(agent) = &policy.fallback_agent {
+        match db.agent(agent).await {
+            Ok(_) => {}
+            Err(StoreError::NotFound) => {
+                let sentence =
+                    format!("`retryPolicy.fallbackAgent`: there is no agent \"{agent}\".");
+                return Err(ApiError::invalid("retryPolicy", sentence));
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    if let Some(model) = &policy.escalate_model {
+        let place = ("retryPolicy", "retryPolicy.escalateModel");
+        check_model(app, db, place, model).await?;
+    }
+    Ok(())
+}
+
 /// List tasks, oldest first.
 #[utoipa::path(get, path = "/tasks", tag = "Tasks", params(TaskQuery, Page),
     responses((status = 200, description = "The tasks", body = Vec<TaskView>)))]
@@ -140,11 +161,15 @@ pub async fn list_tasks(
         (status = 415, description = "The body is not JSON", body = ErrorBody),
     ))]
 pub async fn create_task(
+    State(app): State<App>,
     Door(db): Door,
     Json(new): Json<CreateTask>,
 ) -> Result<(StatusCode, Json<TaskView>), ApiError> {
     let settings = db.settings().await?;
     let new = new.into_new(settings.max_retries)?;
+    if let Some(policy) = &new.document.retry_policy {
+        check_policy(&app, &db, policy).await?;
+    }
     let task = lifecycle::create(&db, new)
         .await
         .map_err(|error| refused(error, ""))?;
@@ -207,6 +232,7 @@ pub async fn read_task(Door(db): Door, Path(id): Path<String>) -> Result<Json<Ta
         (status = 415, description = "The body is not JSON", body = ErrorBody),
     ))]
 pub async fn update_task(
+    State(app): State<App>,
     Door(db): Door,
     Path(id): Path<String>,
     Json(change): Json<UpdateTask>,
@@ -214,6 +240,12 @@ pub async fn update_task(
     let task = db.task(task_id(&id)?).await;
     let task = task.map_err(|error| refused(error.into(), &id))?;
     let change = change.into_change(&task)?;
+    // Who sends back what was read changes nothing of it, whatever has become of the agent since.
+    if let Some(Some(policy)) = &change.retry_policy
+        && Some(policy) != task.document.retry_policy.as_ref()
+    {
+        check_policy(&app, &db, policy).await?;
+    }
     let task = lifecycle::update(&db, task.id, change)
         .await
         .map_err(|error| refused(error, &id))?;

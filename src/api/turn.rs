@@ -234,6 +234,8 @@ async fn listen(
                 progress.note(&tool);
                 Said::Tool(tool)
             }
+            // A chat's words are not taken back: its steps are asked for again only before the first.
+            Some(Ok(TurnEvent::Broken)) => continue,
             Some(Ok(TurnEvent::Restarted)) => {
                 progress.said.pop();
                 Said::Restarted

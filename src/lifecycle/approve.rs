@@ -2,10 +2,12 @@
 
 use std::time::Duration;
 
+use chrono::Utc;
 use serde_json::{Value, json};
 
 use super::finish::{complete, fallback, give_up, wait_for_person};
 use super::{LifecycleError, NOW, Result, locked, mission, owe, save};
+use crate::event::Deadline;
 use crate::ids::{self, Approval, Id};
 use crate::store::{
     ApprovalRow, Job, Lease, NewApproval, ProjectDb, ProjectTx, StoreError, Waiting,
@@ -47,12 +49,19 @@ pub(super) async fn request_approval(
     hook: Hook,
 ) -> Result<()> {
     let gate = &closed.gate;
-    // Where it stands tells a question about finished work from one about another attempt.
-    let mut payload = json!({"taskId": task.id, "task": task.view(), "hook": hook.as_str()});
-    if gate.include_outcomes != Some(true)
-        && let Some(task) = payload["task"].as_object_mut()
-    {
-        task.remove("outcomes");
+    // `hook` is where the task was stopped: it tells a question about finished work from one about another attempt. A gate before
+    // transitions stands at many such places, and what it saw says which step waits.
+    let gate_hook = closed.data.as_ref().map_or(hook, |_| gate.hook);
+    let data = closed.data.clone().unwrap_or_else(|| json!({}));
+    let mut payload = json!({
+        "taskId": task.id, "task": task.view(), "hook": hook.as_str(), "gateHook": gate_hook.as_str(), "data": data,
+    });
+    if gate.include_outcomes != Some(true) {
+        for member in ["task", "data"] {
+            if let Some(shown) = payload[member].as_object_mut() {
+                shown.remove("outcomes");
+            }
+        }
     }
     let id = make_request(tx, closed, hook, Waiting::Task(task.id), payload).await?;
     let told = json!({"requestId": id, "gateId": gate.id, "gateName": gate.name});
@@ -184,16 +193,35 @@ pub(super) fn attempt_goes_on(hook: Option<Hook>) -> bool {
 
 /// The next gate at the same hook, where nobody else asks there again: whoever takes a task up asks before it begins and before it is judged.
 fn next_gate(settings: &Settings, task: &Task, row: &ApprovalRow) -> Option<(Closed, Hook)> {
-    let gates = &settings.approval_gates;
-    if row.hook == Hook::TaskCreate.as_str() {
-        let closed = Gate::closed(gates, Hook::TaskCreate, task, &json!({}));
-        closed.map(|closed| (closed, Hook::TaskCreate))
-    } else if is_retry(row) {
+    if is_retry(row) {
         let reason = task.document.feedback.as_deref().unwrap_or_default();
         gate_before_retry(settings, task, reason).map(|closed| (closed, Hook::TaskRetry))
     } else {
-        None
+        gate_before_going_on(settings, task, Hook::of(&row.hook))
     }
+}
+
+/// The gate before what is not done unasked, at the hook where a task waits: the beginning of a new one, and the way on of one that is overdue still.
+pub(super) fn gate_before_going_on(
+    settings: &Settings,
+    task: &Task,
+    hook: Option<Hook>,
+) -> Option<(Closed, Hook)> {
+    let hook = hook?;
+    let data = match hook {
+        Hook::TaskCreate => json!({}),
+        Hook::QualitySla => {
+            let now = Utc::now();
+            let deadline = Deadline {
+                of: task.id.to_string(),
+                kind: "task",
+                at: task.document.deadline.filter(|at| *at <= now)?,
+            };
+            deadline.passed(now)
+        }
+        _ => return None,
+    };
+    Gate::closed(&settings.approval_gates, hook, task, &data).map(|closed| (closed, hook))
 }
 
 /// The gate before a full retry, if one stands there.
@@ -276,20 +304,37 @@ pub async fn reject(
     task.tell("approval:rejected", told);
     let resolved = json!({"requestId": row.id, "status": "rejected", "resolvedBy": by});
     task.tell("approval:resolved", resolved);
-    if task.status() == Status::AwaitingApproval {
-        answer_escalation(&mut tx, &mut task, &row, "rejected").await?;
-        let description = format!(
-            "{}\n\nFeedback from review: {feedback}",
-            task.document.description
-        );
-        task.rewrite(description);
-        task.begin_again(Phase::Execution, None, "retry");
-        task.go(Status::Pending)?;
-        owe(&mut tx, &task, NOW).await?;
-    }
-    save(&mut tx, db, &mut task).await?;
+    send_back(&mut tx, db, &mut task, &row, feedback).await?;
     tx.commit().await?;
     Ok(row)
+}
+
+/// The way that a rejected task goes: it is done again, with what is to be done better. What may not begin, or go on overdue, without a yes is
+/// not begun by a no: the gate is asked about again.
+async fn send_back(
+    tx: &mut ProjectTx,
+    db: &ProjectDb,
+    task: &mut Task,
+    row: &ApprovalRow,
+    feedback: &str,
+) -> Result<()> {
+    if task.status() != Status::AwaitingApproval {
+        return save(tx, db, task).await;
+    }
+    answer_escalation(tx, task, row, "rejected").await?;
+    let description = format!(
+        "{}\n\nFeedback from review: {feedback}",
+        task.document.description
+    );
+    task.rewrite(description);
+    task.begin_again(Phase::Execution, None, "retry");
+    task.go(Status::Pending)?;
+    let settings = db.settings().await?;
+    if let Some((gate, hook)) = gate_before_going_on(&settings, task, Hook::of(&row.hook)) {
+        return wait_for_person(tx, db, task, &gate, hook).await.map(drop);
+    }
+    owe(tx, task, NOW).await?;
+    save(tx, db, task).await
 }
 
 /// Withdraws the requests of a task that ends or goes on without them. The task must be stored after this.
@@ -298,11 +343,27 @@ pub async fn reject(
 /// When the database refuses.
 pub(super) async fn withdraw(tx: &mut ProjectTx, task: &mut Task) -> Result<()> {
     let note = "The task has ended, or goes on, without an answer.";
-    for id in tx
-        .close_approvals(task.id, "rejected", "engine", note)
-        .await?
-    {
-        let told = json!({"requestId": id, "status": "rejected", "resolvedBy": "engine"});
+    close_requests(tx, task, "rejected", "engine", note).await
+}
+
+/// A person has let a task past its gate without answering the request: that is a yes. The task must be stored after this.
+///
+/// # Errors
+/// When the database refuses.
+pub(super) async fn approve_by_hand(tx: &mut ProjectTx, task: &mut Task) -> Result<()> {
+    let note = "The task was let past its gate by hand.";
+    close_requests(tx, task, "approved", "user", note).await
+}
+
+async fn close_requests(
+    tx: &mut ProjectTx,
+    task: &mut Task,
+    status: &str,
+    by: &str,
+    note: &str,
+) -> Result<()> {
+    for id in tx.close_approvals(task.id, status, by, note).await? {
+        let told = json!({"requestId": id, "status": status, "resolvedBy": by});
         task.tell("approval:resolved", told);
     }
     Ok(())

@@ -3,7 +3,7 @@
 use chrono::{DateTime, Utc};
 use serde_json::{Map, Value, json};
 
-use super::approve::{attempt_goes_on, withdraw};
+use super::approve::{approve_by_hand, attempt_goes_on, gate_before_going_on, withdraw};
 use super::finish::end_abruptly;
 use super::operate::{
     begin_retry_by_hand, is_held_back, owe_if_ready, save_unless_taken, submit, wrong_state,
@@ -54,6 +54,10 @@ pub struct TaskChange {
 pub async fn update(db: &ProjectDb, id: Id<ids::Task>, mut change: TaskChange) -> Result<Task> {
     let mut tx = db.begin();
     let mut task = locked(&mut tx, id).await?;
+    if let (Some(expectations), Some(place)) = (&mut change.expectations, task.mission) {
+        let threshold = tx.mission_run_as_it_stands(place).await?.quality_threshold;
+        set_thresholds(expectations, threshold);
+    }
     // Who sends back what was read changes nothing of it: no verdict is lost, and nothing is told again.
     let document = &task.document;
     change.expectations = change
@@ -123,6 +127,14 @@ async fn give_to(tx: &mut ProjectTx, db: &ProjectDb, task: &mut Task, agent: &st
     Ok(())
 }
 
+/// The mission's threshold is the default of its tasks' expectations (contract 2.7.3), of those that come later as of the first.
+fn set_thresholds(expectations: &mut [Expectation], default: f64) {
+    for expectation in expectations {
+        let Expectation::LlmReview { threshold, .. } = expectation;
+        threshold.get_or_insert(default);
+    }
+}
+
 /// Sets the fields that ask for nothing else to be done.
 fn set(task: &mut Task, change: TaskChange) {
     fn put<T>(field: &mut T, value: Option<T>) {
@@ -141,7 +153,8 @@ fn set(task: &mut Task, change: TaskChange) {
         && let Some(result) = &mut document.result
     {
         // A verdict that is still to be acted on was another question's.
-        result.assessment_history.extend(result.assessment.take());
+        let verdict = result.assessment.take();
+        result.remember(verdict);
     }
     put(&mut document.expectations, change.expectations);
     put(&mut document.expected_outcomes, change.expected_outcomes);
@@ -184,7 +197,7 @@ async fn step(tx: &mut ProjectTx, db: &ProjectDb, task: &mut Task, to: Status) -
             if from == Status::Failed {
                 return begin_retry_by_hand(tx, task).await;
             }
-            leave_gate(tx, task, to).await?;
+            leave_gate(tx, db, task, to).await?;
             task.go(to)?;
             withdraw(tx, task).await?;
             owe_if_ready(tx, task).await
@@ -196,8 +209,9 @@ async fn step(tx: &mut ProjectTx, db: &ProjectDb, task: &mut Task, to: Status) -
             end_abruptly(tx, db, task, EndReason::Killed, "Failed by hand.").await
         }
         Status::Done => {
+            leave_gate(tx, db, task, to).await?;
             task.go(to)?;
-            withdraw(tx, task).await?;
+            approve_by_hand(tx, task).await?;
             tx.stop_run(task.id);
             super::settle(tx, task).await
         }
@@ -208,10 +222,10 @@ async fn step(tx: &mut ProjectTx, db: &ProjectDb, task: &mut Task, to: Status) -
                     "assigned before what it waits for is over",
                 ));
             }
-            leave_gate(tx, task, to).await?;
+            leave_gate(tx, db, task, to).await?;
             task.go(to)?;
             task.held = false;
-            withdraw(tx, task).await?;
+            approve_by_hand(tx, task).await?;
             owe(tx, task, NOW).await
         }
         Status::Draft | Status::AwaitingApproval | Status::InProgress | Status::Review => {
@@ -223,8 +237,8 @@ async fn step(tx: &mut ProjectTx, db: &ProjectDb, task: &mut Task, to: Status) -
 }
 
 /// Takes a task from whoever is asked about it, by hand. What goes on as it was goes past the gate if it is assigned; what is done anew is asked
-/// about anew.
-async fn leave_gate(tx: &mut ProjectTx, task: &mut Task, to: Status) -> Result<()> {
+/// about anew, and what may not begin or go on unasked stays where it is.
+async fn leave_gate(tx: &mut ProjectTx, db: &ProjectDb, task: &mut Task, to: Status) -> Result<()> {
     if task.status() != Status::AwaitingApproval {
         return Ok(());
     }
@@ -234,10 +248,27 @@ async fn leave_gate(tx: &mut ProjectTx, task: &mut Task, to: Status) -> Result<(
     if gate == Gate::ESCALATION {
         // A person has acted: no other level does.
         tx.call_off(Job::Escalation(task.id)).await?;
-        let told = json!({"level": task.document.escalation_level, "action": to});
+        let action = match to {
+            Status::Done => "completed",
+            other => other.as_str(),
+        };
+        let told = json!({"level": task.document.escalation_level, "action": action});
         task.tell("escalation:resolved", told);
     }
+    if to == Status::Done {
+        // Its work stays what it is.
+        return Ok(());
+    }
     let hook = Hook::of(&hook);
+    if to == Status::Pending {
+        let settings = db.settings().await?;
+        if let Some((closed, _)) = gate_before_going_on(&settings, task, hook) {
+            return Err(LifecycleError::Conflict(format!(
+                "A person is asked at the gate \"{}\" whether this task may go on. Approve its request (GET /v1/approvals?taskId={}&status=pending), or make it `assigned`, which is a yes.",
+                closed.gate.name, task.id
+            )));
+        }
+    }
     let judged = matches!(hook, Some(Hook::AssessmentRun | Hook::AssessmentComplete));
     if attempt_goes_on(hook) && (to == Status::Assigned || !judged) {
         if to == Status::Assigned {

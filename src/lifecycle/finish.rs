@@ -12,7 +12,7 @@ use crate::ids::{self, Id};
 use crate::store::{Job, Lease, ProjectDb, ProjectTx, RunStatus, StoreError};
 use crate::task::{
     Bypass, Closed, EndReason, Failure, Follow, Gate, Handler, Hook, Level, Phase, Settings,
-    Status, Task, TaskResult,
+    Status, Task, TaskResult, Wrong,
 };
 
 /// What becomes of the job after a deed of the engine.
@@ -99,29 +99,41 @@ pub async fn after_failure(
     task: &mut Task,
     settings: &Settings,
     failure: Failure,
-    feedback: String,
+    wrong: &Wrong,
     pause: impl FnOnce(u32) -> Duration,
 ) -> Result<Aftermath> {
-    match task.after(failure, settings) {
+    let follow = task.after(failure, settings);
+    if failure == Failure::Review && task.is_unjudged() && follow != Follow::Blocked {
+        // The work may well be good: done again it would cost as much, and meet the same silence.
+        return fail(tx, db, task, settings, wrong).await;
+    }
+    match follow {
         Follow::Fix => {
-            task.begin_fix(settings, feedback);
+            task.learn(wrong);
+            task.begin_fix(settings, wrong.sentence().to_owned());
             save(tx, db, task).await?;
             Ok(Aftermath::GoesOn)
         }
         Follow::Retry => {
-            if let Some(closed) = gate_before_retry(settings, task, &feedback) {
-                task.document.feedback = Some(feedback);
+            let closed = gate_before_retry(settings, task, wrong.sentence());
+            task.learn(wrong);
+            if let Some(closed) = closed {
                 return wait_for_person(tx, db, task, &closed, Hook::TaskRetry).await;
             }
             let fallback = fallback(db, task).await?;
-            task.begin_retry(Some(feedback), fallback)?;
+            let feedback = task.document.feedback.take();
+            task.begin_retry(feedback, fallback)?;
             save(tx, db, task).await?;
             Ok(Aftermath::Later(pause(task.document.retries)))
         }
         Follow::Blocked => {
-            task.tell("task:retry:blocked", json!({"reason": feedback}));
+            task.tell("task:retry:blocked", json!({"reason": wrong.sentence()}));
+            let feedback = match wrong {
+                Wrong::Work(sentence) | Wrong::Limit(sentence) => format!(": {sentence}"),
+                Wrong::Surroundings(_) => ".".to_owned(),
+            };
             let description = format!(
-                "{}\n\nAn earlier attempt did not succeed: {feedback}\n\nIt may have acted on the outside world. Do not repeat such actions without checking what has been done.",
+                "{}\n\nAn earlier attempt did not succeed{feedback}\n\nIt may have acted on the outside world. Do not repeat such actions without checking what has been done.",
                 task.document.description
             );
             task.rewrite(description);
@@ -130,22 +142,33 @@ pub async fn after_failure(
         }
         Follow::Escalate(level) => {
             task.tell("task:maxRetries", json!({}));
-            task.document.feedback = Some(feedback);
+            task.learn(wrong);
             escalate(tx, db, task, settings, Some(level)).await
         }
         Follow::GiveUp => {
             task.tell("task:maxRetries", json!({}));
-            let (gates, step) = (&settings.approval_gates, (task.status(), Status::Failed));
-            let hooks = [Hook::TaskFail, Hook::TaskTransition];
-            let data = json!({"reason": feedback});
-            let closed = Gate::closed_at_step(gates, &hooks, task, step, &data);
-            if let Some(closed) = closed {
-                task.document.feedback = Some(feedback);
-                return wait_for_person(tx, db, task, &closed, Hook::TaskFail).await;
-            }
-            give_up(tx, db, task, feedback).await
+            fail(tx, db, task, settings, wrong).await
         }
     }
+}
+
+/// The task fails, unless a gate stands before that.
+async fn fail(
+    tx: &mut ProjectTx,
+    db: &ProjectDb,
+    task: &mut Task,
+    settings: &Settings,
+    wrong: &Wrong,
+) -> Result<Aftermath> {
+    let (gates, step) = (&settings.approval_gates, (task.status(), Status::Failed));
+    let hooks = [Hook::TaskFail, Hook::TaskTransition];
+    let data = json!({"reason": wrong.sentence()});
+    let closed = Gate::closed_at_step(gates, &hooks, task, step, &data);
+    if let Some(closed) = closed {
+        task.learn(wrong);
+        return wait_for_person(tx, db, task, &closed, Hook::TaskFail).await;
+    }
+    give_up(tx, db, task, wrong.sentence().to_owned()).await
 }
 
 /// Whether a failed task may be tried again because others wait for it: nobody stopped it, it touches nothing outside, and it has retries left.
@@ -168,23 +191,43 @@ pub async fn may_be_retried_for_others(tx: &mut ProjectTx, task: &Task) -> Resul
 /// # Errors
 /// When the database refuses.
 pub async fn retry_for_others(tx: &mut ProjectTx, db: &ProjectDb, task: &mut Task) -> Result<()> {
-    let document = &task.document;
     let settings = db.settings().await?;
-    let wrong = document.result.as_ref().map(|result| result.stderr.clone());
-    let feedback = wrong.filter(|wrong| !wrong.is_empty());
-    let closed = gate_before_retry(&settings, task, feedback.as_deref().unwrap_or_default());
+    let wrong = wrong_before(task);
+    let reason = wrong.as_ref().map(Wrong::sentence).unwrap_or_default();
+    let closed = gate_before_retry(&settings, task, reason);
     // It waits again, for a person or for its turn: its deadline counts again.
     super::renew_deadline(tx, task).await?;
+    if let Some(wrong) = &wrong {
+        task.learn(wrong);
+    }
     if let Some(closed) = closed {
-        task.document.feedback = feedback;
         return wait_for_person(tx, db, task, &closed, Hook::TaskRetry)
             .await
             .map(drop);
     }
     let fallback = fallback(db, task).await?;
+    let feedback = task.document.feedback.take();
     task.begin_retry(feedback, fallback)?;
     save(tx, db, task).await?;
     super::owe(tx, task, NOW).await
+}
+
+/// What was wrong with a task that has failed, as far as its result says.
+fn wrong_before(task: &Task) -> Option<Wrong> {
+    let result = task.document.result.as_ref()?;
+    if result.stderr.is_empty() {
+        return None;
+    }
+    let sentence = result.stderr.clone();
+    Some(
+        if matches!(result.reason, EndReason::MaxTurns | EndReason::Timeout) {
+            Wrong::Limit(sentence)
+        } else if result.exit_code == 0 && !task.is_unjudged() {
+            Wrong::Work(sentence)
+        } else {
+            Wrong::Surroundings(sentence)
+        },
+    )
 }
 
 /// The task fails, for good, and its result says why: an agent that has finished is not work that is good.
@@ -261,8 +304,10 @@ pub async fn escalate(
     let mut next = first;
     while let Some(level) = next {
         task.document.escalation_level = Some(level.level);
-        let payload =
-            json!({"level": level.level, "handler": level.handler, "target": level.target});
+        let mut payload = json!({"level": level.level, "handler": level.handler});
+        if let Some(target) = &level.target {
+            payload["target"] = json!(target);
+        }
         task.tell("escalation:triggered", payload);
         if let Some(timeout) = level.timeout_ms.filter(|timeout| *timeout > 0) {
             let pause = Duration::from_millis(timeout);
@@ -301,8 +346,10 @@ pub async fn escalate(
                 return Ok(Aftermath::GoesOn);
             }
             Handler::Human => {
-                let message = task.document.feedback.clone().unwrap_or_default();
-                let payload = json!({"message": message, "channels": level.notify_channels});
+                let mut payload = json!({"message": task.trouble()});
+                if let Some(channels) = &level.notify_channels {
+                    payload["channels"] = json!(channels);
+                }
                 task.tell("escalation:human", payload);
                 let gate = Gate {
                     id: Gate::ESCALATION.to_owned(),

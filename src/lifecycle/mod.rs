@@ -132,9 +132,10 @@ async fn owe(tx: &mut ProjectTx, task: &Task, after: Duration) -> Result<()> {
 /// When the database refuses.
 pub async fn settle(tx: &mut ProjectTx, task: &mut Task) -> Result<()> {
     tx.call_off(Job::Task(task.id)).await?;
-    if task.document.escalation_level.is_some() {
+    if let Some(level) = task.document.escalation_level {
         tx.call_off(Job::Escalation(task.id)).await?;
-        if let (Status::Done, Some(level)) = (task.status(), task.document.escalation_level) {
+        // A level that has acted has said so then.
+        if task.status() == Status::Done && task.document.escalation_owed {
             task.tell(
                 "escalation:resolved",
                 json!({"level": level, "action": "completed"}),

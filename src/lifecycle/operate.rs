@@ -196,8 +196,11 @@ pub(super) async fn save_unless_taken(
 /// Takes a failed task up again, whatever its limit. It must be stored after this.
 pub(super) async fn begin_retry_by_hand(tx: &mut ProjectTx, task: &mut Task) -> Result<()> {
     task.go(Status::Pending)?;
+    let told = json!({"attempt": task.document.retries, "maxRetries": task.document.max_retries});
+    task.tell("task:retry", told);
     task.document.fix_attempts = 0;
     task.document.escalation_level = None;
+    task.document.escalation_owed = false;
     task.document.model = None;
     task.begin_again(Phase::Execution, None, "retry");
     renew_deadline(tx, task).await?;

@@ -2,6 +2,7 @@
 
 use async_trait::async_trait;
 use futures::StreamExt;
+use futures::stream::BoxStream;
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -13,8 +14,12 @@ use super::{
     ProviderError, ProviderState, ToolCall, ToolChoice, Usage,
 };
 
-/// The API wants a limit; this is what every current model can write.
-const DEFAULT_MAX_TOKENS: u32 = 8192;
+/// The API wants a limit; this is what every model of before 4.6 can write.
+const USUAL_TOKENS: u32 = 8192;
+/// The same of later ones, which may think without being asked, and within the limit.
+const USUAL_TOKENS_THINKING: u32 = 32_000;
+/// The least that the API takes for thinking.
+const LEAST_THINKING: u32 = 1024;
 
 /// Anthropic, or a gateway that speaks its format.
 #[derive(Debug)]
@@ -41,19 +46,39 @@ impl Anthropic {
     }
 }
 
-#[async_trait]
-impl Provider for Anthropic {
-    async fn stream(&self, request: ModelRequest) -> Result<ModelStream, ProviderError> {
-        let of = Owner::new("anthropic", &self.base_url, &self.key, &request.model);
+impl Anthropic {
+    /// Asks, and gives back the states of the owner that is named.
+    async fn ask(
+        &self,
+        request: &ModelRequest,
+        given_back: Option<&Owner>,
+    ) -> Result<BoxStream<'static, Result<String, ProviderError>>, ProviderError> {
         let post = self
             .client
             .of(self.guarded)
             .post(format!("{}/v1/messages", self.base_url))
             .header("x-api-key", self.key.expose_secret())
             .header("anthropic-version", "2023-06-01")
-            .json(&body(&request, &of)?);
+            .json(&body(request, given_back)?);
         let permit = request.permit.as_deref();
-        let mut events = self.client.events(post, permit, &self.key).await?.boxed();
+        Ok(self.client.events(post, permit, &self.key).await?.boxed())
+    }
+}
+
+#[async_trait]
+impl Provider for Anthropic {
+    async fn stream(&self, request: ModelRequest) -> Result<ModelStream, ProviderError> {
+        let of = Owner::new("anthropic", &self.base_url, &self.key, &request.model);
+        let gives_back = request
+            .messages
+            .iter()
+            .any(|said| said.state_for(&of).is_some());
+        let answer = match self.ask(&request, Some(&of)).await {
+            // Its newer models take their thoughts back only with all that stood before them, and memories and tools may have changed.
+            Err(ProviderError::Rejected(_)) if gives_back => self.ask(&request, None).await,
+            answer => answer,
+        };
+        let mut events = answer?;
         let mut reader = Reader {
             key: self.key.clone(),
             ..Reader::default()
@@ -75,7 +100,7 @@ impl Provider for Anthropic {
     }
 }
 
-fn body(request: &ModelRequest, of: &Owner) -> Result<Value, ProviderError> {
+fn body(request: &ModelRequest, of: Option<&Owner>) -> Result<Value, ProviderError> {
     let sampling = &request.sampling;
     for (param, set) in [
         ("seed", sampling.seed.is_some()),
@@ -99,14 +124,29 @@ fn body(request: &ModelRequest, of: &Owner) -> Result<Value, ProviderError> {
             body.insert(key.to_owned(), value);
         }
     };
-    let answer_tokens = sampling.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
     let adaptive = thinks_adaptively(&request.model);
     // With a number of tokens to think, the API wants the calls since the user last spoke to begin with what was thought: where that is missing, it does
     // not think until the caller speaks again.
+    let forced = matches!(
+        request.tool_choice,
+        Some(ToolChoice::Required | ToolChoice::Named(_))
+    );
+    // While it thinks it cannot be made to call a tool.
     let effort = request
         .reasoning
-        .filter(|_| adaptive || begins_with_thoughts(&request.messages, of));
-    let thinking = effort.and_then(thinking_tokens);
+        .filter(|_| !forced && (adaptive || begins_with_thoughts(&request.messages, of)));
+    let most = most_tokens(&request.model);
+    let usual = if adaptive {
+        USUAL_TOKENS_THINKING
+    } else {
+        USUAL_TOKENS
+    };
+    let answer_tokens = sampling.max_tokens.unwrap_or(usual).min(most);
+    // What thinking adds is cut where the model's limit is.
+    let thinking = effort
+        .and_then(thinking_tokens)
+        .map(|tokens| tokens.min(most.saturating_sub(answer_tokens)))
+        .filter(|tokens| *tokens >= LEAST_THINKING);
     set("model", json!(request.model));
     set("stream", json!(true));
     // Thinking counts into the limit, and the limit must be above it.
@@ -115,9 +155,13 @@ fn body(request: &ModelRequest, of: &Owner) -> Result<Value, ProviderError> {
         json!(answer_tokens.saturating_add(thinking.unwrap_or(0))),
     );
     set("system", json!(request.system));
-    set("messages", messages(&request.messages, of));
+    let mut said = messages(&request.messages, of);
+    if !request.tools.is_empty() {
+        remember_prefix(&mut said);
+    }
+    set("messages", said);
     match (effort, thinking) {
-        (Some(effort), Some(_)) if adaptive => {
+        (Some(effort), _) if adaptive && effort != Effort::Off => {
             // Left to itself it does not tell what it thinks.
             set(
                 "thinking",
@@ -176,6 +220,23 @@ fn thinks_adaptively(model: &str) -> bool {
     }
 }
 
+/// The most that a model writes, thinking included ("Models overview").
+fn most_tokens(model: &str) -> u32 {
+    let model = model.rsplit('/').next().unwrap_or(model);
+    let known = [
+        ("claude-3-7", 64_000),
+        ("claude-3", 8192),
+        ("claude-opus-4-5", 64_000),
+        ("claude-opus-4-6", 128_000),
+        ("claude-opus-4-7", 128_000),
+        ("claude-opus-4", 32_000),
+    ];
+    known
+        .iter()
+        .find(|(prefix, _)| model.starts_with(prefix))
+        .map_or(64_000, |(_, tokens)| *tokens)
+}
+
 fn effort_word(effort: Effort) -> &'static str {
     match effort {
         Effort::Off | Effort::Minimal | Effort::Low => "low",
@@ -189,8 +250,7 @@ fn effort_word(effort: Effort) -> &'static str {
 fn thinking_tokens(effort: Effort) -> Option<u32> {
     match effort {
         Effort::Off => None,
-        // The least that the API takes.
-        Effort::Minimal => Some(1024),
+        Effort::Minimal => Some(LEAST_THINKING),
         Effort::Low => Some(2048),
         Effort::Medium => Some(8192),
         Effort::High => Some(16384),
@@ -215,18 +275,18 @@ fn tool_choice(request: &ModelRequest) -> Value {
 
 /// Whether what was thought before the first call since the user last spoke can be given back, if there is one. Before later ones nothing is thought
 /// by models that are given a number of tokens.
-fn begins_with_thoughts(messages: &[Message], of: &Owner) -> bool {
+fn begins_with_thoughts(messages: &[Message], of: Option<&Owner>) -> bool {
     messages
         .iter()
         .rev()
         .take_while(|message| !matches!(message, Message::User { .. } | Message::System { .. }))
         .filter(|message| matches!(message, Message::Assistant { tool_calls, .. } if !tool_calls.is_empty()))
         .last()
-        .is_none_or(|first| first.state_for(of).is_some())
+        .is_none_or(|first| of.is_some_and(|of| first.state_for(of).is_some()))
 }
 
 /// The conversation in alternating turns: neighbours of one role are joined, and what tools returned is said by the user.
-fn messages(messages: &[Message], of: &Owner) -> Value {
+fn messages(messages: &[Message], of: Option<&Owner>) -> Value {
     let mut turns: Vec<(&'static str, Vec<Value>)> = Vec::new();
     for message in messages {
         let (role, blocks) = match message {
@@ -249,7 +309,8 @@ fn messages(messages: &[Message], of: &Owner) -> Value {
                 tool_calls,
                 ..
             } => {
-                let given = message.state_for(of).and_then(Value::as_array);
+                let given = of.and_then(|of| message.state_for(of));
+                let given = given.and_then(Value::as_array);
                 let blocks = match given {
                     Some(given) => given
                         .iter()
@@ -275,6 +336,17 @@ fn messages(messages: &[Message], of: &Owner) -> Value {
         .into_iter()
         .map(|(role, content)| json!({"role": role, "content": content}))
         .collect()
+}
+
+/// Has the provider keep what it has read, up to the last that the user said ("Prompt caching"): each step of an agent at work reads all of it again, for a tenth of
+/// the price.
+fn remember_prefix(messages: &mut Value) {
+    let last = messages.as_array_mut().and_then(|said| said.last_mut());
+    let last = last.filter(|message| message["role"] == "user");
+    let block = last.and_then(|message| message["content"].as_array_mut()?.last_mut());
+    if let Some(block) = block.filter(|block| !is_blank(block)) {
+        block["cache_control"] = json!({"type": "ephemeral"});
+    }
 }
 
 /// A block as it was given; of a call only its id is kept, the rest stands in the message.
@@ -333,6 +405,7 @@ enum Event {
     ContentBlockDelta {
         delta: Delta,
     },
+    ContentBlockStop,
     MessageDelta {
         delta: End,
         usage: Option<EventUsage>,
@@ -385,6 +458,8 @@ struct Reader {
     /// What an error in the middle may quote.
     key: SecretString,
     calls: usize,
+    /// Whether the block under way is a call that was given no arguments so far.
+    bare: bool,
     /// What the answer consists of, as it was given; of calls the id alone.
     blocks: Vec<Value>,
     weight: Weight,
@@ -421,6 +496,7 @@ impl Reader {
                 }
                 Delta::InputJson { partial_json } if partial_json.is_empty() => None,
                 Delta::InputJson { partial_json } => {
+                    self.bare = false;
                     let index = self.calls.checked_sub(1).ok_or_else(|| {
                         ProviderError::Protocol(
                             "a tool call's arguments came before its name".to_owned(),
@@ -433,6 +509,14 @@ impl Reader {
                 }
                 Delta::Other => None,
             },
+            // No arguments are none of them, which is JSON too.
+            Event::ContentBlockStop if std::mem::take(&mut self.bare) => {
+                Some(ModelEvent::ToolCallArguments {
+                    index: self.calls.saturating_sub(1),
+                    piece: "{}".to_owned(),
+                })
+            }
+            Event::ContentBlockStop => None,
             Event::MessageDelta { delta, usage } => {
                 if let Some(usage) = usage {
                     self.count(&usage);
@@ -467,6 +551,7 @@ impl Reader {
         self.blocks
             .push(json!({"type": "tool_use", "id": block["id"]}));
         self.calls += 1;
+        self.bare = true;
         Ok(Some(ModelEvent::ToolCallStarted {
             index: self.calls - 1,
             id: text("id"),
@@ -551,7 +636,7 @@ mod tests {
                 content: "It is not there.".to_owned(),
                 failed,
             };
-            let written = messages(&[result], &owner("m"));
+            let written = messages(&[result], None);
             let told = written[0]["content"][0].get("is_error").cloned();
             assert_eq!(told, failed.then_some(json!(true)));
         }
@@ -576,11 +661,42 @@ mod tests {
     #[test]
     fn half_a_call_does_not_make_a_conversation_unusable() {
         for arguments in ["", "{\"a\": ", "[1]", "null"] {
-            let written = messages(&[called(arguments)], &owner("m"));
+            let written = messages(&[called(arguments)], None);
             assert_eq!(written[0]["content"][0]["input"], json!({}), "{arguments}");
         }
-        let written = messages(&[called(r#"{"a": 1}"#)], &owner("m"));
+        let written = messages(&[called(r#"{"a": 1}"#)], None);
         assert_eq!(written[0]["content"][0]["input"], json!({"a": 1}));
+    }
+
+    #[test]
+    fn an_answer_with_its_thoughts_keeps_to_the_limit_of_its_model() {
+        let tools = vec![std::sync::Arc::new(crate::llm::Tool {
+            name: "look".to_owned(),
+            description: None,
+            parameters: json!({}),
+        })];
+        let ask = |model: &str, max_tokens, tool_choice| {
+            let request = ModelRequest {
+                model: model.to_owned(),
+                tools: tools.clone(),
+                tool_choice,
+                reasoning: Some(Effort::Xhigh),
+                sampling: crate::llm::Sampling {
+                    max_tokens,
+                    ..crate::llm::Sampling::default()
+                },
+                ..ModelRequest::default()
+            };
+            let body = body(&request, None).unwrap();
+            let thinking = body["thinking"]["budget_tokens"].as_u64();
+            (body["max_tokens"].as_u64().unwrap(), thinking)
+        };
+        assert_eq!(ask("claude-opus-4-1", None, None), (32_000, Some(23_808)));
+        assert_eq!(ask("claude-opus-4-1", Some(31_500), None), (31_500, None));
+        assert_eq!(ask("claude-sonnet-4-5", None, None), (32_768, Some(24_576)));
+        // What must call a tool does not think.
+        let forced = Some(ToolChoice::Required);
+        assert_eq!(ask("claude-sonnet-4-5", None, forced), (8192, None));
     }
 
     #[test]
@@ -635,7 +751,8 @@ mod tests {
             ),
             (vec![said(), called("{}"), result(), said()], true),
         ] {
-            assert_eq!(begins_with_thoughts(&conversation, &owner("me")), expect);
+            let me = owner("me");
+            assert_eq!(begins_with_thoughts(&conversation, Some(&me)), expect);
         }
     }
 }

@@ -241,6 +241,7 @@ async fn refusal(response: Response, key: &SecretString) -> ProviderError {
     match status.as_u16() {
         401 | 403 => ProviderError::Credentials,
         429 => ProviderError::RateLimited { retry_after },
+        413 => ProviderError::ContextTooLong,
         408 | 500.. => ProviderError::Unavailable(format!("status {status}").into()),
         400..=499 => rejection(&read_some(response).await, key),
         _ => ProviderError::Protocol(format!("status {status}")),
@@ -276,6 +277,11 @@ async fn read_some(response: Response) -> Vec<u8> {
 /// Reads `{"error": {"message", "code"}}`, which all providers send in some form.
 fn rejection(body: &[u8], key: &SecretString) -> ProviderError {
     let value: Value = serde_json::from_slice(body).unwrap_or_default();
+    // Google's compatible endpoint puts its one error into an array.
+    let value = match value {
+        Value::Array(mut errors) if !errors.is_empty() => errors.swap_remove(0),
+        value => value,
+    };
     error_object(&value, key)
         .unwrap_or_else(|| ProviderError::Rejected("it gave no reason".to_owned()))
 }
@@ -293,6 +299,8 @@ pub(super) fn error_object(value: &Value, key: &SecretString) -> Option<Provider
             "prompt is too long",
             "context window",
             "too many tokens",
+            "maximum number of tokens",
+            "exceed context limit",
         ]
         .iter()
         .any(|sign| lower.contains(sign));
@@ -305,6 +313,7 @@ pub(super) fn error_object(value: &Value, key: &SecretString) -> Option<Provider
             ProviderError::Unavailable(kind.to_owned().into())
         }
         (_, "authentication_error" | "permission_error") => ProviderError::Credentials,
+        _ if lower.contains("api key not valid") => ProviderError::Credentials,
         _ => ProviderError::Rejected(shortened(&without_secrets(message, key), 300)),
     })
 }
@@ -374,6 +383,19 @@ mod tests {
         assert!(matches!(
             rejection(b"<html>", &none),
             ProviderError::Rejected(_)
+        ));
+        // As Google sends it.
+        let body = br#"[{"error":{"code":400,"message":"Invalid value at 'tools'","status":"INVALID_ARGUMENT"}}]"#;
+        let ProviderError::Rejected(reason) = rejection(body, &none) else {
+            panic!("not rejected")
+        };
+        assert_eq!(reason, "Invalid value at 'tools'");
+        let body = br#"[{"error":{"code":400,"message":"API key not valid. Please pass a valid API key."}}]"#;
+        assert!(matches!(rejection(body, &none), ProviderError::Credentials));
+        let body = br#"[{"error":{"message":"The input token count (9) exceeds the maximum number of tokens allowed (8)."}}]"#;
+        assert!(matches!(
+            rejection(body, &none),
+            ProviderError::ContextTooLong
         ));
         let body = br#"{"error":{"message":"This model's maximum context length is 8192 tokens.","code":"context_length_exceeded"}}"#;
         assert!(matches!(

@@ -38,8 +38,8 @@ pub trait Provider: Send + Sync + fmt::Debug {
     /// Whatever keeps the model from beginning to answer, as a [`ProviderError`].
     async fn stream(&self, request: ModelRequest) -> Result<ModelStream, ProviderError>;
 
-    /// Whether [`ResponseFormat`] reaches the model as a setting; where it does not, it belongs into the prompt.
-    fn supports_json_schema(&self) -> bool {
+    /// Whether [`ResponseFormat`] reaches the model as a setting in such a request; where it does not, it belongs into the prompt.
+    fn supports_format(&self, _request: &ModelRequest) -> bool {
         false
     }
 }

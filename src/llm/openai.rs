@@ -1,6 +1,6 @@
 //! OpenAI's chat completions, and everything compatible with them.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -29,13 +29,12 @@ pub(super) struct Dialect {
     json_schema: bool,
     /// Whether it takes `logit_bias`.
     logit_bias: bool,
-    /// Whether it has the Responses API too, and sends those there who ask for what only that one does.
-    responses: bool,
     /// Whether answers must come with what was thought before them, be it nothing, once there are tools, and `thinking` can be switched off
     /// (`DeepSeek`, "Thinking mode").
     thoughts_with_calls: bool,
-    /// Whether calls of tools must be signed, from a generation on (Google, "Thought signatures").
-    signed_calls: bool,
+    /// Whether it is Google's. From its third generation on calls of tools must be signed ("Thought signatures"); before it, JSON cannot be asked for
+    /// beside tools.
+    google: bool,
 }
 
 impl Dialect {
@@ -44,17 +43,15 @@ impl Dialect {
         seed: "seed",
         json_schema: true,
         logit_bias: true,
-        responses: true,
         thoughts_with_calls: false,
-        signed_calls: false,
+        google: false,
     };
     pub(super) const COMPATIBLE: Self = Self {
         max_tokens: "max_tokens",
-        responses: false,
         ..Self::OPENAI
     };
     pub(super) const GOOGLE: Self = Self {
-        signed_calls: true,
+        google: true,
         ..Self::COMPATIBLE
     };
     pub(super) const MISTRAL: Self = Self {
@@ -123,10 +120,8 @@ impl OpenAi {
             return responses::stream(self, request, given_back).await;
         }
         match self.complete(request, given_back).await {
-            // Its newer models think, and use no tools here while they do. It says so, and where they are to be asked.
-            Err(ProviderError::Rejected(reason))
-                if self.dialect.responses && reason.contains("v1/responses") =>
-            {
+            // OpenAI's newer models think, and use no tools here while they do. It says so, and where they are to be asked.
+            Err(ProviderError::Rejected(reason)) if reason.contains("v1/responses") => {
                 self.asked_there.add(&self.base_url, &request.model);
                 responses::stream(self, request, given_back).await
             }
@@ -194,8 +189,10 @@ impl Provider for OpenAi {
         }
     }
 
-    fn supports_json_schema(&self) -> bool {
-        self.dialect.json_schema
+    fn supports_format(&self, request: &ModelRequest) -> bool {
+        let beside_tools = !request.tools.is_empty();
+        let refused = self.dialect.google && beside_tools && !must_be_signed(&request.model);
+        self.dialect.json_schema && !refused
     }
 }
 
@@ -261,7 +258,7 @@ fn settings(
             if thinks && written.get("reasoning_content").is_none() {
                 written["reasoning_content"] = json!("");
             }
-            if dialect.signed_calls && !tool_calls.is_empty() && must_be_signed(&request.model) {
+            if dialect.google && !tool_calls.is_empty() && must_be_signed(&request.model) {
                 sign(&mut written);
             }
         }
@@ -331,18 +328,26 @@ fn settings(
         Some(_) if !dialect.logit_bias => return Err(ProviderError::Unsupported("logit_bias")),
         bias => set("logit_bias", json!(bias)),
     }
+    let forced = matches!(
+        request.tool_choice,
+        Some(ToolChoice::Required | ToolChoice::Named(_))
+    );
+    // These think when they are not asked, and while they do they cannot be made to call a tool.
+    let silenced =
+        dialect.thoughts_with_calls && (forced || request.reasoning == Some(Effort::Off));
+    if silenced {
+        set("thinking", json!({"type": "disabled"}));
+    }
     set(
         "reasoning_effort",
         match request.reasoning {
             // Models that do not reason refuse the parameter; not to ask is not to think.
             None | Some(Effort::Off) => Value::Null,
+            Some(_) if silenced => Value::Null,
+            Some(Effort::Xhigh) if dialect.google => json!(Effort::High),
             effort => json!(effort),
         },
     );
-    if dialect.thoughts_with_calls && request.reasoning == Some(Effort::Off) {
-        // These do think when they are not asked.
-        set("thinking", json!({"type": "disabled"}));
-    }
     Ok(body)
 }
 
@@ -523,6 +528,8 @@ struct ChunkUsage {
     prompt_tokens: u64,
     #[serde(default)]
     completion_tokens: u64,
+    #[serde(default)]
+    total_tokens: u64,
     prompt_tokens_details: Option<PromptDetails>,
     completion_tokens_details: Option<CompletionDetails>,
 }
@@ -545,6 +552,8 @@ struct Reader {
     /// Ours by the provider's index: some count from 1, or give every call the same one.
     calls: HashMap<usize, usize>,
     begun: usize,
+    /// Calls that were given no arguments so far.
+    bare: BTreeSet<usize>,
     reason: Option<FinishReason>,
     usage: Option<Usage>,
     said_bytes: usize,
@@ -619,9 +628,12 @@ impl Reader {
             );
         }
         if let Some(usage) = chunk.usage {
+            // Some leave what was thought out of the completion, but not out of the sum.
+            let told = usage.prompt_tokens.saturating_add(usage.completion_tokens);
+            let untold = usage.total_tokens.saturating_sub(told);
             self.usage = Some(Usage {
                 prompt_tokens: usage.prompt_tokens,
-                completion_tokens: usage.completion_tokens,
+                completion_tokens: usage.completion_tokens.saturating_add(untold),
                 cached_tokens: usage
                     .prompt_tokens_details
                     .and_then(|details| details.cached_tokens)
@@ -629,7 +641,7 @@ impl Reader {
                 reasoning_tokens: usage
                     .completion_tokens_details
                     .and_then(|details| details.reasoning_tokens)
-                    .unwrap_or(0),
+                    .unwrap_or(untold),
                 estimated: false,
             });
         }
@@ -686,6 +698,7 @@ impl Reader {
                 let index = self.begun;
                 self.begun += 1;
                 self.calls.insert(theirs, index);
+                self.bare.insert(index);
                 let id = call
                     .id
                     .filter(|id| !id.is_empty())
@@ -704,6 +717,7 @@ impl Reader {
             self.state.calls.insert(index, extra);
         }
         if let Some(piece) = call.function.arguments.filter(|piece| !piece.is_empty()) {
+            self.bare.remove(&index);
             events.push(ModelEvent::ToolCallArguments { index, piece });
         }
         Ok(())
@@ -727,7 +741,15 @@ impl Reader {
             estimated: true,
             ..Usage::default()
         });
-        let mut events = Vec::new();
+        // No arguments are none of them, which is JSON too.
+        let mut events: Vec<ModelEvent> = self
+            .bare
+            .into_iter()
+            .map(|index| ModelEvent::ToolCallArguments {
+                index,
+                piece: "{}".to_owned(),
+            })
+            .collect();
         if (self.begun > 0 || self.keeps) && !self.state.is_empty() {
             let value = json!(self.state);
             events.push(ModelEvent::State(ProviderState::new(of, value)));
@@ -761,6 +783,30 @@ mod tests {
             panic!("it has finished")
         };
         assert_eq!(reason, FinishReason::Stop);
+    }
+
+    #[test]
+    fn what_was_thought_counts_where_only_the_sum_tells_of_it_and_no_arguments_are_json() {
+        let mut reader = Reader::default();
+        let owner = Owner::new("google", "", &SecretString::default(), "m");
+        let chunk = json!({"choices": [{"delta": {"tool_calls": [{"id": "c", "function": {"name": "look", "arguments": ""}}]}, "finish_reason": "tool_calls"}],
+            "usage": {"prompt_tokens": 100, "completion_tokens": 30, "total_tokens": 150}});
+        reader.read(chunk.to_string().as_bytes()).unwrap();
+        let [
+            ModelEvent::ToolCallArguments { piece, .. },
+            ModelEvent::Finished { usage, .. },
+        ] = &reader.finish(0, owner).unwrap()[..]
+        else {
+            panic!("it has finished")
+        };
+        assert_eq!(
+            (
+                piece.as_str(),
+                usage.completion_tokens,
+                usage.reasoning_tokens
+            ),
+            ("{}", 50, 20)
+        );
     }
 
     #[test]

@@ -219,7 +219,11 @@ enum Event {
         rename = "response.output_text.delta",
         alias = "response.refusal.delta"
     )]
-    Text { delta: String },
+    Text {
+        #[serde(default)]
+        output_index: u64,
+        delta: String,
+    },
     /// OpenAI gives it to those who ask, and verified ones at that; others who speak this format give it unasked.
     #[serde(
         rename = "response.reasoning_text.delta",
@@ -289,6 +293,10 @@ struct Reader {
     key: SecretString,
     /// Ours by the item's place in the answer.
     calls: HashMap<u64, usize>,
+    /// The places of messages that tell what the model is about to do: no part of its answer.
+    asides: HashSet<u64>,
+    /// Whether a part of the answer has begun.
+    answers: bool,
     /// The items as they were given, in their order.
     items: Vec<Value>,
     weight: Weight,
@@ -302,9 +310,13 @@ impl Reader {
             ProviderError::Protocol(format!("an event is not of the Responses API: {error}"))
         })?;
         let event = match event {
-            Event::Text { delta } => Some(ModelEvent::Text(delta)),
+            Event::Text {
+                output_index,
+                delta,
+            } if self.asides.contains(&output_index) => Some(ModelEvent::Reasoning(delta)),
+            Event::Text { delta, .. } => Some(ModelEvent::Text(delta)),
             Event::Reasoning { delta } => Some(ModelEvent::Reasoning(delta)),
-            Event::Added { output_index, item } => self.begin_call(output_index, &item),
+            Event::Added { output_index, item } => self.begin(output_index, &item),
             Event::Arguments {
                 output_index,
                 delta,
@@ -349,7 +361,16 @@ impl Reader {
         Ok(event)
     }
 
-    fn begin_call(&mut self, place: u64, item: &Value) -> Option<ModelEvent> {
+    fn begin(&mut self, place: u64, item: &Value) -> Option<ModelEvent> {
+        if item["type"] == "message" {
+            if item["phase"] == "commentary" {
+                self.asides.insert(place);
+                return None;
+            }
+            // An answer of several parts: each is a paragraph of its own.
+            let follows = std::mem::replace(&mut self.answers, true);
+            return follows.then(|| ModelEvent::Text("\n\n".to_owned()));
+        }
         if item["type"] != "function_call" {
             return None;
         }

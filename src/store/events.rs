@@ -23,6 +23,20 @@ pub struct EventRow {
     pub payload: String,
 }
 
+/// Events that are read from the log at once.
+const PAGE: i64 = 500;
+/// And their bytes, but for one event that has more: those of a task show all of it.
+const PAGE_BYTES: i64 = 1024 * 1024;
+
+/// A page of the log.
+#[derive(Debug)]
+pub struct EventPage {
+    /// The events, in order.
+    pub rows: Vec<EventRow>,
+    /// Whether there are no more for now.
+    pub is_last: bool,
+}
+
 /// An event to those who listen to some.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HeardRow {
@@ -69,20 +83,39 @@ impl EventColumns {
 }
 
 impl ProjectDb {
-    /// The events after a number, in order, at most `limit`.
+    /// The next events after a number, in order: a page of [`PAGE`] events or [`PAGE_BYTES`], whichever is less.
     ///
     /// # Errors
     /// When the database cannot be reached.
-    pub async fn events_after(&self, after: i64, limit: i64) -> Result<Vec<EventRow>> {
-        Ok(sqlx::query_as!(
-            EventRow,
-            "select seq, name, payload from events where project_id = $1 and seq > $2 order by seq limit $3",
+    pub async fn events_after(&self, after: i64) -> Result<EventPage> {
+        // The length of a text is known without reading it.
+        let rows = sqlx::query!(
+            r#"select seq, name, payload, found as "found!"
+            from (
+                select seq, name, payload, count(*) over () as found,
+                       sum(octet_length(payload)) over (order by seq) - octet_length(payload) as bytes_before
+                from (select seq, name, payload from events where project_id = $1 and seq > $2 order by seq limit $3) page
+            ) counted
+            where bytes_before < $4
+            order by seq"#,
             self.project,
             after,
-            limit
+            PAGE,
+            PAGE_BYTES
         )
         .fetch_all(&self.pool)
-        .await?)
+        .await?;
+        let found = rows.first().map_or(0, |row| row.found);
+        let is_last = found < PAGE && usize::try_from(found).is_ok_and(|found| found == rows.len());
+        let rows = rows
+            .into_iter()
+            .map(|row| EventRow {
+                seq: row.seq,
+                name: row.name,
+                payload: row.payload,
+            })
+            .collect();
+        Ok(EventPage { rows, is_last })
     }
 
     /// The events after a number, in order, at most `limit`; payloads of those alone whose names are like one of these.

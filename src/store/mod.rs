@@ -59,7 +59,7 @@ pub use deliveries::{
 };
 pub use dependencies::{Need, NeedResult};
 use events::Logs;
-pub use events::{EventRange, EventRow, HeardRow, Stream};
+pub use events::{EventPage, EventRange, EventRow, HeardRow, Stream};
 pub use jobs::{Claimed, Holder, Job, LEASE, LONG_ENOUGH, Lane, Lease, Room, Standing, until};
 pub use keys::{KeyHash, KeyRow, NewKey};
 pub use memories::{MEMORY_LIMIT, Memories, MemoryOwner};

@@ -1,7 +1,7 @@
 //! Conditions: CEL over `data`, `task` and `mission` (design 0.1), as much of it as ends soon whatever it is given.
 
-use cel::common::ast::{ComprehensionExpr, EntryExpr, Expr, operators};
-use cel::{IdedExpr, Program};
+use cel::common::ast::{CallExpr, ComprehensionExpr, EntryExpr, Expr, LiteralValue, operators};
+use cel::{ExecutionError, IdedExpr, Program};
 use serde_json::Value;
 
 /// The longest expression, in bytes.
@@ -21,6 +21,166 @@ const VARIABLES: [&str; 3] = ["data", "task", "mission"];
 /// What is wrong with it; ends a sentence.
 pub fn check_expression(expression: &str) -> Result<(), String> {
     compile(expression).map(drop)
+}
+
+/// Checks that an expression can be evaluated and can be true or false, as far as that can be told without values: a gate whose
+/// condition never can stops every task. What is stored already is not asked this.
+///
+/// # Errors
+/// What is wrong with it; ends a sentence.
+pub(super) fn check_meaning(expression: &str) -> Result<(), String> {
+    let program = compile(expression)?;
+    let nothing = cel::Context::default();
+    check_names(program.expression(), &[], &nothing)?;
+    let depends = program
+        .references()
+        .variables()
+        .iter()
+        .any(|name| is_variable(name));
+    if depends {
+        return Ok(());
+    }
+    match program.execute(&nothing) {
+        Ok(cel::Value::Bool(_)) => Ok(()),
+        Ok(other) => Err(format!(
+            "it is always of the type {}, and never true or false",
+            other.type_of()
+        )),
+        // What is wrong with it is said in words of the library's own.
+        Err(_) => Err("it can never be evaluated".to_owned()),
+    }
+}
+
+/// A leading dot makes a name one of the outermost.
+fn is_variable(name: &str) -> bool {
+    VARIABLES.contains(&name.trim_start_matches('.'))
+}
+
+/// Checks that everything that an expression names is there. `bound` are the names that the macros around it give to elements.
+/// What there is besides, such as types, `context` is asked.
+fn check_names(
+    expression: &IdedExpr,
+    bound: &[&str],
+    context: &cel::Context<'_, '_>,
+) -> Result<(), String> {
+    let below = |part: &IdedExpr| check_names(part, bound, context);
+    match &expression.expr {
+        Expr::Unspecified | Expr::Literal(_) => Ok(()),
+        Expr::Ident(name) => check_name(name, expression, bound, context),
+        Expr::Select(select) => match root(expression) {
+            Some(name) => check_name(name, expression, bound, context),
+            None => below(&select.operand),
+        },
+        Expr::Call(call) => {
+            let target = call.target.as_deref();
+            let name = &call.func_name;
+            // `optional.of(…)` has no value before its dot: all of it is the function's name.
+            let is_qualified = target
+                .and_then(spelled)
+                .is_some_and(|before| is_function(&format!("{before}.{name}"), false, context));
+            if !is_qualified {
+                if !is_operator(name) && !is_function(name, target.is_some(), context) {
+                    return Err(format!("there is no function `{name}`"));
+                }
+                target.into_iter().try_for_each(below)?;
+            }
+            call.args.iter().try_for_each(below)
+        }
+        Expr::List(list) => list.elements.iter().try_for_each(below),
+        Expr::Map(map) => map
+            .entries
+            .iter()
+            .try_for_each(|entry| parts(&entry.expr, &below)),
+        Expr::Struct(made) => made
+            .entries
+            .iter()
+            .try_for_each(|entry| parts(&entry.expr, &below)),
+        Expr::Comprehension(walk) => {
+            below(&walk.iter_range)?;
+            below(&walk.accu_init)?;
+            let mut inside = bound.to_vec();
+            inside.extend([walk.iter_var.as_str(), walk.accu_var.as_str()]);
+            inside.extend(walk.iter_var2.as_deref());
+            [&walk.loop_cond, &walk.loop_step, &walk.result]
+                .into_iter()
+                .try_for_each(|part| check_names(part, &inside, context))
+        }
+    }
+}
+
+/// `whole` is the name with what is selected of it: `google` alone is nothing, `google.protobuf.Timestamp` is a type.
+fn check_name(
+    name: &str,
+    whole: &IdedExpr,
+    bound: &[&str],
+    context: &cel::Context<'_, '_>,
+) -> Result<(), String> {
+    // Nobody can write an `@`: it marks what macros are made of.
+    let is_there = name.starts_with('@')
+        || bound.contains(&name)
+        || is_variable(name)
+        || !is_undeclared(whole, context);
+    if is_there {
+        return Ok(());
+    }
+    Err(format!(
+        "there is no `{name}`, only `data`, `task` and `mission`"
+    ))
+}
+
+/// The name that `a.b.c` begins with.
+fn root(expression: &IdedExpr) -> Option<&str> {
+    match &expression.expr {
+        Expr::Ident(name) => Some(name),
+        Expr::Select(select) => root(&select.operand),
+        _ => None,
+    }
+}
+
+/// `a.b.c`, if an expression is nothing else.
+fn spelled(expression: &IdedExpr) -> Option<String> {
+    match &expression.expr {
+        Expr::Ident(name) => Some(name.clone()),
+        Expr::Select(select) if !select.test => {
+            Some(format!("{}.{}", spelled(&select.operand)?, select.field))
+        }
+        _ => None,
+    }
+}
+
+/// The parser names operators by signs that no function's name can have, such as `_+_`.
+fn is_operator(name: &str) -> bool {
+    !name
+        .chars()
+        .all(|sign| sign.is_alphanumeric() || "_.".contains(sign))
+}
+
+/// Whether there is a function of this name, of whatever arguments: a call without any tells one that does not fit from one that
+/// is not there.
+fn is_function(name: &str, of_value: bool, context: &cel::Context<'_, '_>) -> bool {
+    let value = || {
+        Box::new(IdedExpr {
+            id: 0,
+            expr: Expr::Literal(LiteralValue::Null),
+        })
+    };
+    let call = CallExpr {
+        func_name: name.to_owned(),
+        target: of_value.then(value),
+        args: Vec::new(),
+    };
+    let call = IdedExpr {
+        id: 0,
+        expr: Expr::Call(call),
+    };
+    !is_undeclared(&call, context)
+}
+
+fn is_undeclared(expression: &IdedExpr, context: &cel::Context<'_, '_>) -> bool {
+    matches!(
+        cel::Value::resolve(expression, context),
+        Err(ExecutionError::UndeclaredReference(_))
+    )
 }
 
 /// Whether an expression holds where `context` has its variables as members.
@@ -194,6 +354,47 @@ mod tests {
             ("data.a.exists_one(n, n == 2)", true),
         ] {
             assert_eq!(holds(expression, &context), Ok(expected), "{expression}");
+            assert_eq!(check_meaning(expression), Ok(()), "{expression}");
+        }
+    }
+
+    #[test]
+    fn what_can_never_be_true_or_false_is_refused_and_what_can_is_not() {
+        for (expression, word) in [
+            ("unknownvar == 1", "`unknownvar`"),
+            ("has(unknown.member)", "`unknown`"),
+            ("data.a.exists(n, m > 1)", "`m`"),
+            ("data.a.exists(n, n > 1) && n > 1", "`n`"),
+            ("nosuchfn(task)", "`nosuchfn`"),
+            ("task.title.nosuchfn()", "`nosuchfn`"),
+            ("1", "type int"),
+            ("\"x\"", "type string"),
+            ("1 + 1", "type int"),
+            ("[true]", "type list"),
+            ("1 / 0 == 1", "never be evaluated"),
+            ("task.", "not CEL"),
+        ] {
+            let refused = check_meaning(expression).unwrap_err();
+            assert!(refused.contains(word), "{expression}: {refused}");
+        }
+        for expression in [
+            "true",
+            "1 < 2",
+            "data",
+            "data.flag",
+            ".data.a.size() == 3",
+            "size(data.a) > 0",
+            "type(task.title) == string",
+            "int(data.n) + 1 == 2",
+            "has(data.a) ? data.a[0] > 1 : mission.name != ''",
+            "!task.done && -data.n < 0 && data.n in [1, 2]",
+            "{'a': data.n}.a == 1",
+            "data.a.map(n, n > 1, n) == []",
+            "data.a.filter(task, task > 1).all(data, data > 1)",
+            "task.outcomes.exists_one(one, one.label.contains('a'))",
+            "timestamp(task.createdAt) < timestamp('2026-01-01T00:00:00Z')",
+        ] {
+            assert_eq!(check_meaning(expression), Ok(()), "{expression}");
         }
     }
 }

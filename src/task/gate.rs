@@ -159,11 +159,17 @@ pub struct Closed {
     pub gate: Gate,
     /// Why its condition could not be told, if that is what closed it.
     pub fault: Option<String>,
+    /// What its condition has seen beside the task; `None` for a gate of the server's own, which has none and stands at no hook of its own.
+    pub data: Option<Value>,
 }
 
 impl From<Gate> for Closed {
     fn from(gate: Gate) -> Self {
-        Self { gate, fault: None }
+        Self {
+            gate,
+            fault: None,
+            data: None,
+        }
     }
 }
 
@@ -271,8 +277,11 @@ impl Gate {
                 Err(reason) => Some(reason),
             },
         };
-        let gate = self.clone();
-        Some(Closed { gate, fault })
+        Some(Closed {
+            gate: self.clone(),
+            fault,
+            data: context.get("data").cloned(),
+        })
     }
 
     /// The gate that stands in a task's way at a hook, if one does. Conditions see `data` besides the task.

@@ -114,15 +114,53 @@ impl TaskResult {
         }
     }
 
-    /// All assessments of earlier work, oldest first.
+    /// The assessments of earlier work, oldest first, as far as they are kept.
     pub fn history(before: Option<Self>) -> Vec<Value> {
         before
-            .map(|before| {
-                let mut history = before.assessment_history;
-                history.extend(before.assessment);
-                history
+            .map(|mut before| {
+                let newest = before.assessment.take();
+                before.remember(newest);
+                before.assessment_history
             })
             .unwrap_or_default()
+    }
+
+    /// Adds assessments to those of earlier work, and forgets what is not kept of them.
+    pub fn remember(&mut self, assessments: impl IntoIterator<Item = Value>) {
+        let history = &mut self.assessment_history;
+        history.extend(assessments);
+        let forgotten = history.len().saturating_sub(MOST_ASSESSMENTS);
+        history.drain(..forgotten);
+        let brief = history.len().saturating_sub(WHOLE_ASSESSMENTS);
+        for assessment in &mut history[..brief] {
+            review::leave_texts_out(assessment);
+        }
+    }
+}
+
+/// The most assessments of earlier work that a task keeps: the newest. Of all but the newest [`WHOLE_ASSESSMENTS`] it keeps the scores, without
+/// what the reviewers wrote. Every event that shows the task carries all of this, and whoever likes has work judged again as often as they like.
+const MOST_ASSESSMENTS: usize = 20;
+/// How many of them are kept with what the reviewers wrote.
+const WHOLE_ASSESSMENTS: usize = 3;
+
+/// What was wrong with an attempt, in a sentence, by what the next is to make of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Wrong {
+    /// Its work was not good enough.
+    Work(String),
+    /// It came to a limit before its work was finished.
+    Limit(String),
+    /// Its provider failed, or the server, or the reviewers: nothing that the next could do better.
+    Surroundings(String),
+}
+
+impl Wrong {
+    /// The sentence.
+    pub fn sentence(&self) -> &str {
+        match self {
+            Self::Work(sentence) | Self::Limit(sentence) | Self::Surroundings(sentence) => sentence,
+        }
     }
 }
 
@@ -253,6 +291,8 @@ pub struct Document {
     pub result: Option<TaskResult>,
     /// What the next run is told of the attempts before it.
     pub feedback: Option<String>,
+    /// Whether that is about an attempt that came to a limit, and not about its work.
+    pub at_limit: bool,
     /// What its next assessment is called.
     pub trigger: Option<String>,
     /// The model that it runs with in place of its agent's.
@@ -508,6 +548,8 @@ impl Task {
         let payload = json!({"from": from, "to": to, "agentName": self.assign_to});
         self.tell("task:transition", payload);
         if to == Status::Done {
+            // What was wrong on the way is no part of the task.
+            self.document.feedback = None;
             let payload = json!({"status": to, "agentName": self.assign_to});
             self.tell("task:completed", payload);
         }
@@ -518,10 +560,44 @@ impl Task {
         let description = &self.document.description;
         match &self.document.feedback {
             None => description.clone(),
+            Some(feedback) if self.document.at_limit => {
+                format!(
+                    "{description}\n\nAn earlier attempt came to a limit before it was finished: {feedback}"
+                )
+            }
             Some(feedback) => {
                 format!("{description}\n\nAn earlier attempt was not good enough: {feedback}")
             }
         }
+    }
+
+    /// Has the next attempt told what was wrong with this one. Where that was none of the agent's doing it is told what it would have been
+    /// told before.
+    pub fn learn(&mut self, wrong: &Wrong) {
+        let (feedback, at_limit) = match wrong {
+            Wrong::Work(sentence) => (sentence, false),
+            Wrong::Limit(sentence) => (sentence, true),
+            Wrong::Surroundings(_) => return,
+        };
+        self.document.feedback = Some(feedback.clone());
+        self.document.at_limit = at_limit;
+    }
+
+    /// Why its last attempt failed, in a sentence: a run that broke says it itself, and of work what its agent is told.
+    pub fn trouble(&self) -> &str {
+        let result = self.document.result.as_ref();
+        let broke = result.filter(|result| result.exit_code != 0 && !result.stderr.is_empty());
+        broke
+            .map(|result| result.stderr.as_str())
+            .or(self.document.feedback.as_deref())
+            .unwrap_or_default()
+    }
+
+    /// Whether reviewers were asked about its work and none gave a verdict that it failed by.
+    pub fn is_unjudged(&self) -> bool {
+        let result = self.document.result.as_ref();
+        let verdict = result.and_then(|result| result.assessment.as_ref());
+        verdict.is_some_and(review::says_nothing)
     }
 
     /// Replaces the instructions; the first ones are kept.

@@ -321,7 +321,7 @@ fn shown<S: serde::Serializer>(reviews: &[Review], serializer: S) -> Result<S::O
     }))
 }
 
-/// Judges one `llm_review` by what its reviewers said; `failures` says why the others said nothing.
+/// Judges one `llm_review` by what its reviewers said; `failures` says why the others said nothing, which may be the same of each.
 pub fn judge(
     threshold: Option<f64>,
     dimensions: &[Dimension],
@@ -329,11 +329,13 @@ pub fn judge(
     failures: &[String],
 ) -> Check {
     if reviews.is_empty() {
+        let mut reasons: Vec<&str> = failures.iter().map(String::as_str).collect();
+        reasons.dedup();
         return Check {
             kind: "llm_review",
             passed: false,
             message: "All evaluators failed".to_owned(),
-            details: Some(failures.join("; ")).filter(|details| !details.is_empty()),
+            details: Some(reasons.join("; ")).filter(|details| !details.is_empty()),
             global_score: None,
             scores: Vec::new(),
             reviewers: Vec::new(),
@@ -442,16 +444,22 @@ pub fn may_correct_threshold(check: &Check, confidence: Confidence) -> bool {
         && check.global_score.is_some_and(|score| score >= CORRECTABLE)
 }
 
-/// What the agent is told about work that did not pass, by its [`Assessment`] as it is kept.
+/// What the agent is told about work that did not pass, by its [`Assessment`] as it is kept. That reviewers said nothing is no word on the work:
+/// it is told where nothing else is wrong, with the reason.
 pub fn feedback(verdict: &Value) -> String {
+    let unjudged = says_nothing(verdict);
     let list = |value: &Value, key: &str| value[key].as_array().cloned().unwrap_or_default();
     let text_of = |value: &Value, key: &str| value[key].as_str().unwrap_or_default().to_owned();
     let mut text = String::new();
     for check in list(verdict, "checks") {
-        if check["passed"] == true {
+        if check["passed"] == true || (is_silent(&check) && !unjudged) {
             continue;
         }
-        let _ = writeln!(text, "{}", text_of(&check, "message"));
+        let message = text_of(&check, "message");
+        let _ = match check["details"].as_str() {
+            Some(reason) if is_silent(&check) => writeln!(text, "{message}: {reason}"),
+            _ => writeln!(text, "{message}"),
+        };
         for score in list(&check, "scores") {
             let points = score["score"].as_u64().unwrap_or_default();
             if points < 4 {
@@ -464,6 +472,54 @@ pub fn feedback(verdict: &Value) -> String {
     text.trim_end().to_owned()
 }
 
+/// [`Assessment::says_nothing`], of one as it is kept.
+pub(super) fn says_nothing(verdict: &Value) -> bool {
+    let mut failed = verdict["checks"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter(|check| check["passed"] == false);
+    verdict["passed"] == false && failed.all(is_silent)
+}
+
+fn is_silent(check: &Value) -> bool {
+    check["type"] == "llm_review" && check["reviewers"].as_array().is_none_or(Vec::is_empty)
+}
+
+/// Takes what the reviewers wrote out of a verdict as it is kept; the scores stay.
+pub(super) fn leave_texts_out(verdict: &mut Value) {
+    fn list<'a>(value: &'a mut Value, key: &str) -> &'a mut [Value] {
+        let list = value.get_mut(key).and_then(Value::as_array_mut);
+        list.map(Vec::as_mut_slice).unwrap_or_default()
+    }
+    fn take(value: &mut Value, key: &str) {
+        if let Some(members) = value.as_object_mut() {
+            members.remove(key);
+        }
+    }
+    fn bare(scores: &mut [Value]) {
+        for score in scores {
+            score["reasoning"] = json!("");
+            take(score, "evidence");
+        }
+    }
+    take(verdict, "llmReview");
+    bare(list(verdict, "scores"));
+    for check in list(verdict, "checks") {
+        if is_silent(check) {
+            // Why nobody said anything is nothing that a reviewer wrote.
+            continue;
+        }
+        take(check, "details");
+        bare(list(check, "scores"));
+        for review in list(check, "reviewers") {
+            review["summary"] = json!("");
+            review["exploration"]["analysis"] = json!("");
+            bare(list(review, "scores"));
+        }
+    }
+}
+
 impl Assessment {
     /// Whether no reviewer of some check said anything.
     pub fn is_empty_handed(&self) -> bool {
@@ -472,8 +528,7 @@ impl Assessment {
 
     /// Whether it failed for no other reason than that nobody said anything: it is no verdict on the work.
     pub fn says_nothing(&self) -> bool {
-        let mut failed = self.checks.iter().filter(|check| !check.passed);
-        !self.passed && failed.all(Check::is_empty_handed)
+        says_nothing(&json!(self))
     }
 }
 

@@ -1,8 +1,10 @@
 //! What a project decides for all its tasks (contract 2.6.3 and 2.6.4, design 0.1): flat, each with its default.
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
+use super::expression::check_meaning;
 use super::gate::{Gate, LONGEST_TIME, NAME, check_channels};
 
 /// A project's settings. What was never set has its default.
@@ -129,6 +131,13 @@ impl Escalation {
             ));
         }
         for level in &self.levels {
+            let named = level.target.as_deref().unwrap_or_default();
+            if level.handler == Handler::Agent && named.trim().is_empty() {
+                return Err(format!(
+                    "`escalationPolicy`: level {} has the handler `agent`, and must name the agent in `target`.",
+                    level.level
+                ));
+            }
             if level.timeout_ms > Some(LONGEST_TIME) {
                 return Err(format!(
                     "`escalationPolicy`: `timeoutMs` must be at most {LONGEST_TIME}."
@@ -139,6 +148,31 @@ impl Escalation {
         }
         Ok(())
     }
+}
+
+/// What an escalation policy can have.
+const POLICY: &[&str] = &["name", "levels"];
+/// What one of its levels can have.
+const LEVEL: &[&str] = &["level", "handler", "target", "timeoutMs", "notifyChannels"];
+
+/// Refuses members of an escalation policy that do not exist. Only who sets a policy is asked: one that is stored must stay readable.
+fn check_members(policy: &Value) -> Result<(), String> {
+    let levels = policy["levels"].as_array().into_iter().flatten();
+    let levels = levels.enumerate().map(|(index, level)| {
+        let place = format!("escalationPolicy.levels[{index}]");
+        (place, level, LEVEL)
+    });
+    let whole = ("escalationPolicy".to_owned(), policy, POLICY);
+    for (place, value, members) in std::iter::once(whole).chain(levels) {
+        let mut given = value.as_object().into_iter().flat_map(Map::keys);
+        if let Some(unknown) = given.find(|member| !members.contains(&member.as_str())) {
+            return Err(format!(
+                "`{place}` has no member `{unknown}`: it can have `{}`.",
+                members.join("`, `")
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// One step of an escalation.
@@ -187,22 +221,27 @@ pub struct SettingsError {
 const MOST: usize = 50;
 
 impl Settings {
-    /// Reads settings from the members that were set.
+    /// Reads settings from the members that were set. `in_words` says what a parser says as callers understand it.
     ///
     /// # Errors
     /// Which one cannot be used, and why.
-    pub fn read(body: &Map<String, Value>) -> Result<Self, SettingsError> {
+    pub fn read(
+        body: &Map<String, Value>,
+        in_words: fn(String) -> String,
+    ) -> Result<Self, SettingsError> {
         for (setting, value) in body {
             let alone = Value::Object(Map::from_iter([(setting.clone(), value.clone())]));
-            if let Err(error) = super::read_as_shown::<Self>(&alone) {
-                return Err(SettingsError {
-                    setting: setting.clone(),
-                    message: format!("`{setting}` cannot be used: {error}."),
-                });
+            if let Err(said) = super::read_as_shown::<Self>(&alone) {
+                let (place, said) = culprit(setting, value, said);
+                let message = format!("`{place}` cannot be used: {}.", in_words(said));
+                return Err(fault(setting, message));
             }
         }
+        if let Some(policy) = body.get("escalationPolicy") {
+            check_members(policy).map_err(|message| fault("escalationPolicy", message))?;
+        }
         let settings: Self = serde_json::from_value(Value::Object(body.clone()))
-            .map_err(|error| fault("settings", error.to_string()))?;
+            .map_err(|error| fault("settings", in_words(error.to_string())))?;
         settings.check()?;
         Ok(settings)
     }
@@ -313,11 +352,60 @@ impl Settings {
                     gate.id
                 ));
             }
-            let fault = gate.check();
+            let fault = gate.check().and_then(|()| match &gate.condition {
+                None => Ok(()),
+                Some(condition) => check_meaning(&condition.expression)
+                    .map_err(|reason| format!("`condition.expression`: {reason}.")),
+            });
             fault.map_err(|message| format!("`approvalGates[{index}]`: {message}"))?;
         }
         Ok(())
     }
+}
+
+/// What of a setting cannot be read, as closely as can be told, and what the parser says of it. `said` is what it says of the whole.
+fn culprit(setting: &str, value: &Value, said: String) -> (String, String) {
+    let sound_gate = json!({"id": "g", "name": "g", "handler": "human", "hook": "task:spawn"});
+    let sound_level = json!({"level": 1, "handler": "human"});
+    let part = match setting {
+        "approvalGates" => first_culprit::<Gate>(setting, value, &sound_gate),
+        "escalationPolicy" if value.is_array() => Some((setting.to_owned(), LISTED.to_owned())),
+        "escalationPolicy" => first_culprit::<EscalationLevel>(
+            "escalationPolicy.levels",
+            &value["levels"],
+            &sound_level,
+        ),
+        _ => None,
+    };
+    part.unwrap_or_else(|| (setting.to_owned(), said))
+}
+
+/// What [`super::read_as_shown`] says of a list of an object's members.
+const LISTED: &str = "a list stands where an object belongs";
+
+/// The first entry of a list that cannot be read, or the member that spoils it: one that `sound`, an entry that can be read, cannot
+/// have either.
+fn first_culprit<T: Serialize + DeserializeOwned>(
+    place: &str,
+    list: &Value,
+    sound: &Value,
+) -> Option<(String, String)> {
+    let entries = list.as_array()?;
+    entries.iter().enumerate().find_map(|(index, entry)| {
+        let said = super::read_as_shown::<T>(entry).err()?;
+        let place = format!("{place}[{index}]");
+        if entry.is_array() {
+            return Some((place, LISTED.to_owned()));
+        }
+        for (member, value) in entry.as_object().into_iter().flatten() {
+            let mut changed = sound.clone();
+            changed[member.as_str()] = value.clone();
+            if let Err(said) = super::read_as_shown::<T>(&changed) {
+                return Some((format!("{place}.{member}"), said));
+            }
+        }
+        Some((place, said))
+    })
 }
 
 fn fault(setting: &str, message: String) -> SettingsError {
@@ -329,12 +417,14 @@ fn fault(setting: &str, message: String) -> SettingsError {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
+    fn attempt(body: &Value) -> Result<Settings, SettingsError> {
+        Settings::read(body.as_object().unwrap(), std::convert::identity)
+    }
+
     fn read(body: &Value) -> Result<Settings, String> {
-        Settings::read(body.as_object().unwrap()).map_err(|error| error.setting)
+        attempt(body).map_err(|error| error.setting)
     }
 
     #[test]
@@ -391,6 +481,67 @@ mod tests {
         ] {
             assert_eq!(read(&body), Err(setting.to_owned()), "{body}");
         }
+    }
+
+    #[test]
+    fn what_is_wrong_is_told_with_its_place() {
+        let level = |level: Value| json!({"escalationPolicy": {"levels": [level]}});
+        let gate = |member: &str, value: Value| {
+            let mut gate =
+                json!({"id": "g", "name": "G", "handler": "human", "hook": "task:spawn"});
+            gate[member] = value;
+            json!({"approvalGates": [gate]})
+        };
+        for (body, words) in [
+            (
+                gate("hook", json!("task:forget")),
+                "`approvalGates[0].hook`",
+            ),
+            (
+                gate("maxRevisions", json!(-1)),
+                "`approvalGates[0].maxRevisions`",
+            ),
+            (gate("quorum", json!(2)), "`approvalGates[0].quorum`"),
+            (json!({"approvalGates": [1]}), "`approvalGates[0]`"),
+            (json!({"approvalGates": [{"id": "g"}]}), "missing field"),
+            (
+                json!({"approvalGates": [["g", "G", "human", "task:spawn"]]}),
+                "a list stands",
+            ),
+            (
+                gate("condition", json!({"expression": "1"})),
+                "`approvalGates[0]`: `condition.expression`: it is always",
+            ),
+            (json!({"escalationPolicy": []}), "a list stands"),
+            (
+                json!({"escalationPolicy": {"levels": [], "level": 1}}),
+                "`escalationPolicy` has no member `level`",
+            ),
+            (
+                level(json!({"level": 1, "handler": "human", "timeoutMS": 5})),
+                "`escalationPolicy.levels[0]` has no member `timeoutMS`: it can have `level`",
+            ),
+            (
+                level(json!({"level": 1, "handler": "cat"})),
+                "`escalationPolicy.levels[0].handler`",
+            ),
+            (level(json!({"level": 1, "handler": "agent"})), "`target`"),
+            (
+                level(json!({"level": 1, "handler": "agent", "target": " "})),
+                "`target`",
+            ),
+        ] {
+            let error = attempt(&body).unwrap_err();
+            assert!(error.message.contains(words), "{body}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_stored_policy_stays_whatever_else_is_in_it() {
+        let level = json!({"level": 1, "handler": "agent", "timeoutMS": 5});
+        let stored = json!({"escalationPolicy": {"levels": [level], "since": 1}});
+        let policy = Settings::restored(stored.as_object().unwrap()).escalation_policy;
+        assert_eq!(policy.unwrap().levels.len(), 1);
     }
 
     #[test]

@@ -62,7 +62,8 @@ struct Update {
 
 pub(super) fn tools() -> Vec<Tool> {
     let tool = |name: &str, description: &str, mut properties: Value, required: &[&str]| {
-        properties["scope"] = json!({"enum": ["agent", "shared"]});
+        // Gemini takes an enum of nothing but strings, and wants to be told.
+        properties["scope"] = json!({"type": "string", "enum": ["agent", "shared"]});
         Tool {
             name: name.to_owned(),
             description: Some(description.to_owned()),
@@ -124,6 +125,9 @@ pub(super) async fn call(db: &ProjectDb, agent: &str, call: &ToolCall) -> Result
         }
         "memory_append" => {
             let Text { content, scope } = arguments(call)?;
+            if content.trim().is_empty() {
+                return Err("There is nothing to add: `content` must not be empty.".to_owned());
+            }
             let at = Utc::now().to_rfc3339_opts(SecondsFormat::Secs, true);
             let line = format!("[{at}] {}\n", clean(&content).trim_end());
             db.in_time(db.append_memory(owner(scope), &line)).await

@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use chrono::{DateTime, Utc};
+use reqwest::Url;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -15,6 +16,9 @@ pub(super) const NAME: &str = "register_outcome";
 
 /// The most bytes of an outcome's text or data.
 const LARGEST: usize = 256 * 1024;
+
+/// The longest label, in characters, that the task does not ask for itself.
+const LABEL: usize = 200;
 
 /// The most bytes of all outcomes of a run.
 const ALL: usize = 1024 * 1024;
@@ -62,6 +66,11 @@ pub(super) fn call(
         .iter()
         .filter(|one| one.label == outcome.label)
         .collect();
+    if same.is_empty() && outcome.label.chars().count() > LABEL {
+        return Err(format!(
+            "`label` may have {LABEL} characters at most: choose a short name, and hand the rest over as `text`."
+        ));
+    }
     if same.is_empty() || same.iter().any(|one| one.is_met_by(&outcome)) {
         // A task is told whole with each of its events, and judged whole.
         let size = json!(outcome).to_string().len();
@@ -100,6 +109,15 @@ pub fn outcome_of(call: &ToolCall, at: DateTime<Utc>) -> Result<Outcome, String>
             .ok_or("url` or `path"),
     };
     needed.map_err(|member| format!("An outcome of this type needs `{member}`."))?;
+    // Whoever reads the outcome may follow it.
+    let is_web =
+        |url: &str| Url::parse(url).is_ok_and(|url| matches!(url.scheme(), "http" | "https"));
+    if given.url.as_deref().is_some_and(|url| !is_web(url)) {
+        return Err(
+            "`url` must be a whole http or https URL, such as https://example.com/report. Hand over anything else as `text`."
+                .to_owned(),
+        );
+    }
     let size = given.text.as_ref().map_or(0, String::len)
         + given.data.as_ref().map_or(0, |data| data.to_string().len());
     if size > LARGEST {
@@ -153,6 +171,24 @@ mod tests {
     }
 
     #[test]
+    fn only_a_label_that_the_task_asks_for_may_be_long() {
+        let register = |length: usize, expected: &[ExpectedOutcome]| {
+            let arguments = json!({"type": "text", "label": "l".repeat(length), "text": "x"});
+            let one = ToolCall {
+                id: "c".to_owned(),
+                name: NAME.to_owned(),
+                arguments: arguments.to_string(),
+            };
+            call(&one, expected, &AtomicUsize::new(0))
+        };
+        assert!(register(LABEL, &[]).is_ok());
+        assert!(register(LABEL + 1, &[]).unwrap_err().contains("`label`"));
+        let expected = json!([{"type": "text", "label": "l".repeat(LABEL + 1)}]);
+        let expected = ExpectedOutcome::parse_all(&expected).unwrap().unwrap();
+        assert!(register(LABEL + 1, &expected).is_ok());
+    }
+
+    #[test]
     fn an_outcome_must_hold_what_its_type_says() {
         let register = |arguments: Value| {
             let call = ToolCall {
@@ -175,6 +211,18 @@ mod tests {
                 "data",
             ),
             (json!({"type": "url", "label": "Notes"}), "url"),
+            (
+                json!({"type": "url", "label": "l", "url": "javascript:alert(1)"}),
+                "https://",
+            ),
+            (
+                json!({"type": "url", "label": "l", "url": "not a url"}),
+                "https://",
+            ),
+            (
+                json!({"type": "media", "label": "l", "url": "file:///etc/passwd"}),
+                "https://",
+            ),
             (json!({"type": "text", "label": " ", "text": "x"}), "label"),
             (json!({"type": "smell", "label": "l"}), "smell"),
             (

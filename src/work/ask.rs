@@ -7,6 +7,7 @@ use async_trait::async_trait;
 use futures::StreamExt;
 use serde_json::Value;
 
+use super::execution::again;
 use super::record::without_nul;
 use super::task::{Model, named_model};
 use super::{Held, Result, WorkError};
@@ -162,7 +163,10 @@ pub(super) async fn pose(held: &Held, question: Question<'_>) -> Result<Answer> 
     };
     let asked = question.name;
     let (request, format) = question.request(model, held)?;
-    let course = Course::chat(format, Repair::Once);
+    let course = Course {
+        again: again(held),
+        ..Course::chat(format, Repair::Once)
+    };
     let mut turn = std::pin::pin!(agent::turn(provider, request, course, Arc::new(NoTools)));
     let mut text = String::new();
     let mut used: Option<Usage> = None;

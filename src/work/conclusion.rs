@@ -14,7 +14,7 @@ use crate::llm::{FinishReason, ProviderError};
 use crate::store::{NewStep, ProjectTx, RunStatus};
 use crate::task::{
     Closed, EndReason, ExpectedOutcome, Failure, Gate, Hook, Outcome, Phase, Settings, Status,
-    Task, TaskResult,
+    Task, TaskResult, Wrong,
 };
 
 /// The longest rest that a provider can ask for between two attempts.
@@ -28,6 +28,8 @@ pub(super) struct Ending {
     pub(super) sentence: String,
     /// What broke.
     cause: Option<String>,
+    /// What the next attempt is to make of it.
+    wrong: fn(String) -> Wrong,
     /// The milliseconds that it had, where they were used up.
     most: Option<u64>,
     /// How long the provider wants to be left alone.
@@ -44,6 +46,7 @@ impl Ending {
             reason,
             sentence,
             cause: None,
+            wrong: Wrong::Limit,
             most: None,
             rest: Duration::ZERO,
         }
@@ -57,10 +60,11 @@ impl Ending {
         }
     }
 
-    /// Something broke.
+    /// Something broke that is none of the agent's doing.
     pub(super) fn error(cause: String) -> Self {
         Self {
             cause: Some(cause.clone()),
+            wrong: Wrong::Surroundings,
             ..Self::limit(EndReason::Error, cause)
         }
     }
@@ -71,6 +75,11 @@ impl Ending {
             TurnError::TooManyCalls(_) => Self::limit(EndReason::MaxTurns, error.to_string()),
             error => Self {
                 rest: rest_after(error),
+                wrong: match error {
+                    TurnError::Provider(ProviderError::ContextTooLong) => Wrong::Limit,
+                    TurnError::Provider(_) | TurnError::TooManyCalls(_) => Wrong::Surroundings,
+                    TurnError::Format(_) => Wrong::Work,
+                },
                 ..Self::error(without_nul(&error.told()))
             },
         }
@@ -80,19 +89,24 @@ impl Ending {
     pub(super) fn of(step: &Step) -> Self {
         match step.reason {
             FinishReason::Stop | FinishReason::ToolCalls => Self::finished(),
-            FinishReason::Length => {
-                Self::error("The model's answer was cut off at its token limit.".to_owned())
-            }
-            FinishReason::ContentFilter => {
-                Self::error("The provider's filter cut the model's answer off.".to_owned())
-            }
+            FinishReason::Length => Self {
+                wrong: Wrong::Limit,
+                ..Self::error("The model's answer was cut off at its token limit.".to_owned())
+            },
+            FinishReason::ContentFilter => Self {
+                wrong: Wrong::Limit,
+                ..Self::error("The provider's filter cut the model's answer off.".to_owned())
+            },
         }
     }
 
     /// The same, unless nothing came of the run: neither a word nor a deed is no work.
     pub(super) fn unless_empty(self, answer: &str, tool_calls: usize) -> Self {
         if self.is_success() && tool_calls == 0 && answer.trim().is_empty() {
-            return Self::error("The model's answer was empty.".to_owned());
+            return Self {
+                wrong: Wrong::Work,
+                ..Self::error("The model's answer was empty.".to_owned())
+            };
         }
         self
     }
@@ -201,12 +215,12 @@ impl Conclusion<'_> {
         task.go(Status::Review)
             .map_err(|error| WorkError::Defect(error.into()))?;
         let aftermath = if !missing.is_empty() {
-            let feedback = format!(
+            let wrong = Wrong::Work(format!(
                 "These required outcomes were not handed over with `register_outcome`: {}.",
                 missing.join(", ")
-            );
+            ));
             let (failure, pause) = (Failure::Review, pause(self.held));
-            after_failure(&mut tx, db, &mut task, settings, failure, feedback, pause).await?
+            after_failure(&mut tx, db, &mut task, settings, failure, &wrong, pause).await?
         } else if task.document.expectations.is_empty() && !task.document.may_be_question {
             lifecycle::complete(&mut tx, db, &mut task, settings).await?
         } else {
@@ -225,12 +239,12 @@ impl Conclusion<'_> {
             task.tell("task:timeout", told);
         }
         let (db, settings) = (&self.held.lease.db, self.settings);
-        let feedback = self.ending.sentence.clone();
+        let wrong = (self.ending.wrong)(self.ending.sentence.clone());
         let backoff = pause(self.held);
         let pause = |retries| backoff(retries).max(self.ending.rest);
         let failure = Failure::Run;
         let aftermath: Aftermath =
-            after_failure(&mut tx, db, &mut task, settings, failure, feedback, pause).await?;
+            after_failure(&mut tx, db, &mut task, settings, failure, &wrong, pause).await?;
         commit(self.held, tx, task, aftermath).await
     }
 

@@ -12,10 +12,11 @@ use tokio::time::{Instant, sleep_until};
 use super::conclusion::{Conclusion, Ending};
 use super::record::{Recorder, replay};
 use super::surroundings::surroundings;
-use super::task::agent_with_model;
+use super::task::{agent_with_model, pause};
 use super::{Held, Result, WorkError};
 use crate::agent::{
-    self, Course, OutputFormat, Persona, Repair, Toolbox, TurnError, TurnEvent, system_prompt,
+    self, Again, Course, OutputFormat, Persona, Repair, Toolbox, TurnError, TurnEvent,
+    system_prompt,
 };
 use crate::llm::{Effort, Message, ModelRequest, Part, ProviderError, ToolCall, context_window};
 use crate::store::{AgentRow, RunRow, Topic};
@@ -78,6 +79,7 @@ pub(super) async fn execute(
         calls: most.saturating_sub(conclusion.recorder.turns),
         open,
         window: Some(window.unwrap_or_else(|| context_window(&model.name))),
+        again: again(held),
     };
     let events = agent::turn(model.provider, request, course, toolbox);
     let recorder = &mut conclusion.recorder;
@@ -97,6 +99,14 @@ pub(super) async fn execute(
 fn effort(agent: &AgentRow) -> Option<Effort> {
     let word = agent.definition.get("reasoning")?;
     serde_json::from_value(word.clone()).ok()
+}
+
+/// How a step is asked for again: after pauses like those between attempts, which would do all of its work anew.
+pub(super) fn again(held: &Held) -> Again {
+    Again {
+        pauses: (0..3).map(|tries| pause(held)(tries)).collect(),
+        takes_back: true,
+    }
 }
 
 fn most_turns(agent: &AgentRow) -> u32 {

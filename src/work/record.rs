@@ -94,6 +94,11 @@ impl<'a> Recorder<'a> {
                 self.said.push_str(&text);
                 Ok(false)
             }
+            TurnEvent::Broken => {
+                self.said.clear();
+                self.written = 0;
+                Ok(false)
+            }
             TurnEvent::Delta(_) | TurnEvent::Paragraph | TurnEvent::Restarted => Ok(false),
             TurnEvent::Step(step) => self.note_step(step).await,
             TurnEvent::Tool(tool) => self.note_tool(tool).await,

@@ -709,3 +709,248 @@ async fn a_verdict_that_a_gate_held_up_is_told_once() {
         3
     );
 }
+
+#[tokio::test]
+async fn a_no_before_a_task_may_begin_is_followed_by_another_question() {
+    let app = with_gates(json!([gate("task:create", json!({"maxRevisions": 1}))])).await;
+    let id = app.task("work", json!({})).await;
+    let request = waiting(&app, &id).await;
+    let no = json!({"feedback": "Not on a Friday"});
+    let (status, body) = decide(&app, &request, "reject", no.clone()).await;
+    assert_eq!(status, 200, "{body}");
+    let again = waiting(&app, &id).await;
+    assert_ne!(again["id"], request["id"]);
+    assert_eq!(again["gateId"], "task:create");
+    let described = again["payload"]["task"]["description"].as_str().unwrap();
+    assert!(described.contains("Not on a Friday"), "{again}");
+    assert_eq!((app.owed("task").await, app.upstream.asked().len()), (0, 0));
+    // As often as the gate allows.
+    assert_eq!(decide(&app, &again, "reject", no).await.0, 409);
+    assert_eq!(decide(&app, &again, "approve", json!({})).await.0, 200);
+    app.until(&id, "done").await;
+    let asked = app.upstream.asked();
+    assert_eq!(asked.len(), 1);
+    assert!(last_text(&asked[0], "user").contains("Not on a Friday"));
+}
+
+#[tokio::test]
+async fn a_task_that_waits_before_its_creation_is_not_begun_by_hand_unasked() {
+    let app = with_gates(json!([gate("task:create", json!({}))])).await;
+    let id = app.task("work", json!({})).await;
+    let request = waiting(&app, &id).await;
+    let path = format!("/v1/tasks/{id}");
+    let (status, body) = answer(app.patch(&path, json!({"status": "pending"}))).await;
+    assert_eq!((status.as_u16(), &body["code"]), (409, &json!("conflict")));
+    let said = body["error"].as_str().unwrap();
+    assert!(
+        said.contains("Gate task:create") && said.contains(&id),
+        "{said}"
+    );
+    // The same person is still asked the same.
+    assert_eq!(waiting(&app, &id).await["id"], request["id"]);
+    assert_eq!((app.owed("task").await, app.upstream.asked().len()), (0, 0));
+    // Where no gate stands any more there is nothing to ask.
+    let open = json!({"approvalGates": []});
+    assert_eq!(answer(app.patch("/v1/config", open)).await.0, 200);
+    let (status, body) = answer(app.patch(&path, json!({"status": "pending"}))).await;
+    assert_eq!(status, 200, "{body}");
+    app.until(&id, "done").await;
+}
+
+#[tokio::test]
+async fn an_overdue_task_that_was_rejected_goes_on_when_someone_says_yes() {
+    let app = with_gates(json!([gate("quality:sla", json!({}))])).await;
+    app.upstream.answers(|_| Reply::Hang(vec![]));
+    let deadline = chrono::Utc::now() + chrono::Duration::milliseconds(300);
+    let late = json!({"deadline": deadline.to_rfc3339()});
+    let id = app.task("work", late).await;
+    let request = waiting(&app, &id).await;
+    let before = app.upstream.asked().len();
+    app.upstream.answers(|_| Reply::Stream(said("Done.")));
+    let no = json!({"feedback": "Only the summary"});
+    let (status, body) = decide(&app, &request, "reject", no).await;
+    assert_eq!(status, 200, "{body}");
+    let again = waiting(&app, &id).await;
+    assert_ne!(again["id"], request["id"]);
+    assert_eq!(
+        (&again["gateId"], &again["payload"]["data"]["entityType"]),
+        (&json!("quality:sla"), &json!("task"))
+    );
+    let pending = app.patch(&format!("/v1/tasks/{id}"), json!({"status": "pending"}));
+    assert_eq!(answer(pending).await.0, 409);
+    assert_eq!(app.owed("task").await, 0);
+    assert_eq!(app.upstream.asked().len(), before);
+    assert_eq!(decide(&app, &again, "approve", json!({})).await.0, 200);
+    app.until(&id, "done").await;
+    let asked = app.upstream.asked();
+    assert_eq!(asked.len(), before + 1);
+    assert!(last_text(asked.last().unwrap(), "user").contains("Only the summary"));
+}
+
+#[tokio::test]
+async fn whoever_is_asked_reads_at_which_gate_and_what_it_saw() {
+    for (to, title, hook, seen) in [
+        (
+            "done",
+            "work",
+            "task:complete",
+            json!({"from": "review", "to": "done", "agent": "noor"}),
+        ),
+        (
+            "in_progress",
+            "work",
+            "task:spawn",
+            json!({"from": "assigned", "to": "in_progress", "agent": "noor"}),
+        ),
+        (
+            "pending",
+            "break",
+            "task:retry",
+            json!({"from": "failed", "to": "pending", "agent": "noor", "attempt": 1}),
+        ),
+    ] {
+        let condition = json!({"expression": format!("data.to == '{to}'")});
+        let stands = gate("task:transition", json!({"condition": condition}));
+        let app = with_gates(json!([stands])).await;
+        let id = app.task(title, json!({"maxRetries": 1})).await;
+        let mut payload = waiting(&app, &id).await["payload"].clone();
+        assert_eq!(
+            (&payload["hook"], &payload["gateHook"]),
+            (&json!(hook), &json!("task:transition"))
+        );
+        let data = payload["data"].as_object_mut().unwrap();
+        let reason = data.remove("reason");
+        assert_eq!(reason.is_some(), title == "break", "{to}");
+        assert_eq!(json!(data), seen);
+    }
+    // The server's own gates stand where the task is stopped.
+    let app = with_gates(json!([])).await;
+    let id = app.task("break", json!({"sideEffects": true})).await;
+    let payload = waiting(&app, &id).await["payload"].clone();
+    assert_eq!(
+        (&payload["gateHook"], &payload["data"]),
+        (&json!("task:retry"), &json!({}))
+    );
+}
+
+#[tokio::test]
+async fn a_task_that_is_let_past_its_gate_by_hand_is_approved_by_whoever_did_it() {
+    for (hook, to) in [
+        ("task:create", "assigned"),
+        ("task:spawn", "assigned"),
+        ("task:complete", "done"),
+    ] {
+        let app = with_gates(json!([gate(hook, json!({}))])).await;
+        let id = app.task("work", json!({})).await;
+        let request = waiting(&app, &id).await;
+        let step = app.patch(&format!("/v1/tasks/{id}"), json!({"status": to}));
+        let (status, body) = answer(step).await;
+        assert_eq!(status, 200, "{hook}: {body}");
+        let path = format!("/v1/approvals/{}", request["id"].as_str().unwrap());
+        let resolved = answer(app.get(&path)).await.1;
+        let (_, told) = app.events("approval:resolved").await.pop().unwrap();
+        assert_eq!(told["requestId"], request["id"]);
+        for shown in [resolved, told] {
+            assert_eq!(
+                (&shown["status"], &shown["resolvedBy"]),
+                (&json!("approved"), &json!("user")),
+                "{hook}"
+            );
+        }
+        app.until(&id, "done").await;
+    }
+}
+
+#[tokio::test]
+async fn a_rejection_may_call_its_feedback_a_reason() {
+    let app = with_gates(json!([gate("task:complete", json!({}))])).await;
+    for (number, (body, note)) in [
+        (json!({"reason": "Too long"}), "Too long"),
+        (json!({"feedback": " ", "reason": "Too long"}), "Too long"),
+        (
+            json!({"feedback": "Cut it", "reason": "Too long"}),
+            "Cut it",
+        ),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let id = app.task(&format!("work {number}"), json!({})).await;
+        let request = waiting(&app, &id).await;
+        let blank = json!({"reason": " "});
+        assert_eq!(decide(&app, &request, "reject", blank).await.0, 400);
+        let (status, rejected) = decide(&app, &request, "reject", body).await;
+        assert_eq!((status, &rejected["note"]), (200, &json!(note)));
+    }
+}
+
+#[tokio::test]
+async fn a_retry_by_hand_is_told_like_any() {
+    let app = with_gates(json!([])).await;
+    let id = app.task("break", json!({"maxRetries": 0})).await;
+    app.until(&id, "failed").await;
+    for (attempt, deed) in [(1, "retry"), (2, "patch")] {
+        let again = if deed == "retry" {
+            app.post(&format!("/v1/tasks/{id}/retry"), json!({}))
+        } else {
+            app.patch(&format!("/v1/tasks/{id}"), json!({"status": "pending"}))
+        };
+        let (status, body) = answer(again).await;
+        assert_eq!(status, 200, "{deed}: {body}");
+        assert_eq!(app.until(&id, "failed").await["retries"], attempt);
+        let told = app.events("task:retry").await;
+        assert_eq!(told.len(), attempt, "{deed}");
+        let (_, last) = &told[attempt - 1];
+        assert_eq!(
+            (&last["taskId"], &last["attempt"], &last["maxRetries"]),
+            (&json!(id), &json!(attempt), &json!(0))
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_level_of_an_escalation_is_resolved_once() {
+    for (handler, deed, action) in [
+        ("orchestrator", "", "reformulated"),
+        ("human", "approve", "approved"),
+        ("human", "patch", "completed"),
+    ] {
+        let app = with_gates(json!([])).await;
+        let settings = json!({
+            "escalationPolicy": {"levels": [{"level": 1, "handler": handler}]},
+            "orchestratorModel": "openai:decider",
+        });
+        assert_eq!(answer(app.patch("/v1/config", settings)).await.0, 200);
+        let mends = handler == "orchestrator";
+        app.upstream.answers(move |request| {
+            let rewritten = last_text(request, "user").contains("[Escalation");
+            if request["model"] == "decider" {
+                let better = json!({"description": "Do it again, but slowly this time."});
+                Reply::Stream(said(&better.to_string()))
+            } else if mends && rewritten {
+                Reply::Stream(said("Done."))
+            } else {
+                Reply::Plain(400, vec![], "{}".to_owned())
+            }
+        });
+        let id = app.task("hard", json!({"maxRetries": 0})).await;
+        if handler == "human" {
+            let request = waiting(&app, &id).await;
+            app.upstream.answers(|_| Reply::Stream(said("Done.")));
+            if deed == "approve" {
+                assert_eq!(decide(&app, &request, deed, json!({})).await.0, 200);
+            } else {
+                let done = app.patch(&format!("/v1/tasks/{id}"), json!({"status": "done"}));
+                assert_eq!(answer(done).await.0, 200);
+            }
+        }
+        app.until(&id, "done").await;
+        let told: Vec<Value> = app
+            .events("escalation:resolved")
+            .await
+            .into_iter()
+            .map(|(_, told)| told["action"].clone())
+            .collect();
+        assert_eq!(told, [json!(action)], "{handler} {deed}");
+    }
+}

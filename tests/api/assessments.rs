@@ -544,3 +544,160 @@ async fn what_is_asked_anew_while_a_task_is_paused_is_not_answered_from_before()
         .filter(|request| last_text(request, "system").contains("Is it new?"));
     assert_eq!(anew.count(), 3);
 }
+
+#[tokio::test]
+async fn good_work_that_nobody_judges_fails_with_the_cause_and_is_not_done_again() {
+    let (app, reviews) = judged_by(&[0.0]).await;
+    let levels = json!([{"level": 1, "handler": "orchestrator"}]);
+    answer(app.patch(
+        "/v1/config",
+        json!({"escalationPolicy": {"levels": levels}}),
+    ))
+    .await;
+    let id = app.task("notes", by("Is it good?")).await;
+    let task = app.until(&id, "failed").await;
+    let cause = task["result"]["cause"].as_str().unwrap();
+    assert!(
+        cause.starts_with("All evaluators failed: ") && cause.contains("not today"),
+        "{cause}"
+    );
+    assert_eq!(
+        (
+            &task["retries"],
+            &task["fixAttempts"],
+            &task["result"]["reason"],
+            &task["result"]["stdout"]
+        ),
+        (
+            &json!(0),
+            &json!(0),
+            &json!("finished"),
+            &json!("Dark mode is new.")
+        )
+    );
+    let again = "task:fix,task:retry,task:maxRetries,escalation:*";
+    assert!(app.events(again).await.is_empty());
+    // Its agent was asked once, the reviewers twice.
+    assert_eq!(reviews.load(Ordering::SeqCst), 6);
+    assert_eq!(app.upstream.asked().len(), 7);
+
+    // The work is there: it only has to be judged.
+    app.upstream.answers(|request| scored(request, 5.0));
+    reassess(&app, &id).await;
+    assert_eq!(app.read(&id).await["status"], "done");
+}
+
+#[tokio::test]
+async fn silence_about_one_expectation_is_no_reason_beside_a_bad_verdict_on_another() {
+    let (app, _) = judged_by(&[0.0]).await;
+    app.upstream.answers(|request| {
+        if !is_review(request) {
+            return Reply::Stream(said("Dark mode is new."));
+        }
+        if last_text(request, "system").contains("Is it short?") {
+            return scored(request, 1.0);
+        }
+        Reply::Plain(400, vec![], "{}".to_owned())
+    });
+    answer(app.patch(
+        "/v1/config",
+        json!({"maxFixAttempts": 1, "maxAssessmentRetries": 0}),
+    ))
+    .await;
+    let expectations = json!([
+        {"type": "llm_review", "criteria": "Is it good?"},
+        {"type": "llm_review", "criteria": "Is it short?"},
+    ]);
+    let task = json!({"maxRetries": 0, "expectations": expectations});
+    let id = app.task("notes", task).await;
+    let task = app.until(&id, "failed").await;
+    assert_eq!(task["fixAttempts"], 1);
+    let description = task["description"].as_str().unwrap();
+    assert!(
+        description.contains("it is worth 1") && !description.contains("All evaluators"),
+        "{description}"
+    );
+}
+
+#[tokio::test]
+async fn whoever_corrects_a_threshold_sees_the_task_the_work_and_the_scores() {
+    let app = TestApp::start_with(&["--retry-backoff-ms", "1"]).await;
+    app.agent("noor").await;
+    app.upstream.answers(|request| {
+        if is_review(request) {
+            scored(request, 3.0)
+        } else if last_text(request, "system").contains("only an estimate") {
+            Reply::Stream(said(&json!({"correct": true, "threshold": 3}).to_string()))
+        } else {
+            Reply::Stream(said("Dark mode is new."))
+        }
+    });
+    let expectation = json!({"type": "llm_review", "criteria": "Is it good?", "threshold": 4, "confidence": "estimated"});
+    let id = app
+        .task("notes", json!({"expectations": [expectation]}))
+        .await;
+    app.until(&id, "done").await;
+    let asked = app.upstream.asked();
+    let correction = asked
+        .iter()
+        .find(|request| last_text(request, "system").contains("only an estimate"))
+        .unwrap();
+    // Where the project names no model it is that of the agent.
+    assert_eq!(correction["model"], "scripted");
+    let shown = last_text(correction, "user");
+    for part in [
+        "Do notes",
+        "<work>\nDark mode is new.\n</work>",
+        "Is it good?",
+        "Threshold: 4",
+        "- completeness (weight 0.3): 3/5. it is worth 3",
+        "3 in all",
+    ] {
+        assert!(shown.contains(part), "{part} is not in {shown}");
+    }
+}
+
+#[tokio::test]
+async fn of_many_assessments_the_newest_are_kept_and_few_of_them_whole() {
+    let (app, reviews) = judged_by(&[4.0]).await;
+    let id = app.task("notes", by("Is it good?")).await;
+    app.until(&id, "done").await;
+    let mut first_left = Value::Null;
+    for round in 1..=23 {
+        reassess(&app, &id).await;
+        // Each asks anew, also when the oldest are forgotten.
+        assert_eq!(reviews.load(Ordering::SeqCst), 3 * (round + 1));
+        if round == 3 {
+            first_left = app.read(&id).await["result"]["assessment"]["timestamp"].clone();
+        }
+    }
+    let task = app.read(&id).await;
+    let history = task["result"]["assessmentHistory"].as_array().unwrap();
+    assert_eq!((history.len(), &history[0]["timestamp"]), (20, &first_left));
+    for (place, verdict) in history.iter().enumerate() {
+        let is_whole = place >= 17;
+        assert_eq!(verdict.get("llmReview").is_some(), is_whole, "{place}");
+        let check = &verdict["checks"][0];
+        let reviewers = check["reviewers"].as_array().unwrap();
+        assert_eq!(
+            (&verdict["globalScore"], reviewers.len()),
+            (&json!(4.0), 3),
+            "{place}"
+        );
+        assert_eq!(reviewers[0]["scores"][0]["score"], 4);
+        let words = [
+            &reviewers[0]["summary"],
+            &reviewers[0]["scores"][0]["reasoning"],
+            &check["scores"][0]["reasoning"],
+            &verdict["scores"][0]["reasoning"],
+        ];
+        assert!(
+            words.iter().all(|word| (**word != "") == is_whole),
+            "{place}: {verdict}"
+        );
+    }
+    assert_eq!(
+        task["result"]["assessment"]["llmReview"],
+        "4 in all\n4 in all\n4 in all"
+    );
+}

@@ -48,7 +48,9 @@ async fn failed_and_needed(app: &TestApp, others: Value) -> (String, String) {
     answer(app.post(&format!("/v1/tasks/{first}/queue"), json!({}))).await;
     app.until(&first, "failed").await;
     let path = format!("/v1/tasks/{first}");
-    answer(app.patch(&path, json!({"maxRetries": 1}))).await;
+    // The model refuses nothing else, so that another attempt succeeds.
+    let again = json!({"maxRetries": 1, "description": "Do first again"});
+    answer(app.patch(&path, again)).await;
     answer(app.post(&format!("/v1/tasks/{second}/queue"), json!({}))).await;
     (first, second)
 }
@@ -281,7 +283,8 @@ async fn of_two_failed_needs_both_are_tried_again_or_none() {
         }
         for (id, retries) in needs.iter().zip([first_retries, 1]) {
             let path = format!("/v1/tasks/{id}");
-            answer(app.patch(&path, json!({"maxRetries": retries}))).await;
+            let again = json!({"maxRetries": retries, "description": "Do it again"});
+            answer(app.patch(&path, again)).await;
         }
         let id = app.task("third", json!({"dependsOn": needs})).await;
         app.until(&id, expected).await;
@@ -373,4 +376,42 @@ async fn two_failed_needs_of_one_title_are_not_tried_again_together() {
         last_text(verdicts[0], "user").matches("<failed>").count(),
         2
     );
+}
+
+#[tokio::test]
+async fn without_an_orchestrator_the_model_of_the_tasks_agent_gives_the_verdict() {
+    let app = start().await;
+    app.upstream.answers(|request| {
+        if last_text(request, "system").starts_with("A task waits for others") {
+            let verdict = json!({"action": "absorb", "reason": "r", "description": "Do it alone"});
+            Reply::Stream(said(&verdict.to_string()))
+        } else if last_text(request, "user") == "Do first" {
+            Reply::Plain(400, vec![], "{}".to_owned())
+        } else {
+            Reply::Stream(said("Done."))
+        }
+    });
+    let (_, second) = failed_and_needed(&app, json!({})).await;
+    let task = app.until(&second, "done").await;
+    assert_eq!(task["description"], "Do it alone");
+    let asked = app.upstream.asked();
+    let verdict = asked
+        .iter()
+        .find(|request| last_text(request, "system").starts_with("A task waits for others"));
+    assert_eq!(verdict.unwrap()["model"], "scripted");
+}
+
+#[tokio::test]
+async fn a_need_whose_provider_failed_is_tried_again_as_it_was_told() {
+    let app = with_verdict("retry").await;
+    let (first, second) = failed_and_needed(&app, json!({})).await;
+    app.until(&second, "done").await;
+    assert_eq!(app.read(&first).await["retries"], 1);
+    let asked = app.upstream.asked();
+    let told: Vec<String> = asked
+        .iter()
+        .map(|request| last_text(request, "user"))
+        .filter(|told| told.starts_with("Do first"))
+        .collect();
+    assert_eq!(told, ["Do first", "Do first again"]);
 }

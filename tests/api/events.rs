@@ -5,12 +5,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures::StreamExt;
-use polpo::store::World;
+use polpo::store::{Holder, Lane, Room, World};
 use reqwest::Method;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpSocket;
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
 use crate::harness::{TestApp, answer, eventually};
 
@@ -649,4 +650,38 @@ async fn a_reader_that_takes_too_little_is_told_and_one_that_takes_nothing_is_cu
         let text = String::from_utf8_lossy(&text);
         assert_eq!(text.contains(": closed: too slow"), pause < 8_000);
     }
+}
+
+#[tokio::test]
+async fn a_page_of_the_log_is_bounded_in_bytes_too_and_leaves_nothing_out() {
+    let app = TestApp::start_with(&["--role-of-test", "api"]).await;
+    app.agent("noor").await;
+    app.task("t", json!({})).await;
+    let db = &app.app.db;
+    let (holder, room) = (Holder::new(1), Room::of(1));
+    let claimed = db.claim(World::Live, Lane::Engine, holder, Uuid::nil(), &room);
+    let log = claimed.await.unwrap().leases.remove(0).db;
+    events_of(&app, 600, 10_000).await;
+    let last = log.event_range().await.unwrap().last;
+    let (mut after, mut pages) = (0, 0);
+    loop {
+        let page = log.events_after(after).await.unwrap();
+        let bytes: usize = page.rows.iter().map(|row| row.payload.len()).sum();
+        assert!(bytes < 1_100_000, "{bytes}");
+        let numbers: Vec<i64> = page.rows.iter().map(|row| row.seq).collect();
+        let expected: Vec<i64> = (after + 1..).take(numbers.len()).collect();
+        assert_eq!(numbers, expected);
+        after = *numbers.last().unwrap();
+        pages += 1;
+        if page.is_last {
+            break;
+        }
+    }
+    assert!(after == last && pages >= 6, "{pages}");
+    // One that is larger than a page is a page.
+    events_of(&app, 2, 3_000_000).await;
+    let page = log.events_after(after).await.unwrap();
+    assert!(page.rows.len() == 1 && !page.is_last);
+    let page = log.events_after(after + 1).await.unwrap();
+    assert!(page.rows.len() == 1 && page.is_last);
 }

@@ -11,6 +11,7 @@ mod agents;
 mod approvals;
 mod assessments;
 mod auth;
+mod breaks;
 mod browsers;
 mod chat;
 mod crashes;

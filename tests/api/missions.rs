@@ -1719,3 +1719,45 @@ async fn a_pause_by_hand_is_over_when_the_run_has_ended_and_goes_on() {
     post(format!("/v1/missions/{id}/checkpoints/c/resume")).await;
     app.mission_until(&id, "completed").await;
 }
+
+#[tokio::test]
+async fn expectations_that_come_later_have_the_missions_threshold_too() {
+    let app = TestApp::with_noor(&[]).await;
+    let id = app
+        .mission(
+            "m",
+            json!({"qualityThreshold": 4.5, "tasks": tasks(&[("A", &[])])}),
+        )
+        .await;
+    app.execute(&id).await;
+    app.mission_until(&id, "completed").await;
+    let a = app.of_mission(&id).await["A"]["id"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    let path = format!("/v1/tasks/{a}");
+    let expectations = json!({"expectations": [
+        {"type": "llm_review", "criteria": "Is it good?"},
+        {"type": "llm_review", "criteria": "Is it short?", "threshold": 2},
+    ]});
+    let (status, task) = answer(app.patch(&path, expectations.clone())).await;
+    assert_eq!(status, 200, "{task}");
+    let thresholds = |task: &Value| {
+        let expectations = task["expectations"].as_array().unwrap();
+        let thresholds = expectations.iter().map(|one| one["threshold"].clone());
+        thresholds.collect::<Vec<Value>>()
+    };
+    assert_eq!(thresholds(&task), [json!(4.5), json!(2.0)]);
+    // The work is worth 4.
+    answer(app.post(&format!("{path}/reassess"), json!({}))).await;
+    let judged = app.until(&a, "failed").await;
+    let checks = &judged["result"]["assessment"]["checks"];
+    assert_eq!(
+        (&checks[0]["passed"], &checks[1]["passed"]),
+        (&json!(false), &json!(true))
+    );
+    // A task outside of missions has no such default.
+    let outside = app.task("outside", json!({"draft": true})).await;
+    let (_, task) = answer(app.patch(&format!("/v1/tasks/{outside}"), expectations)).await;
+    assert_eq!(thresholds(&task)[0], Value::Null);
+}

@@ -321,6 +321,61 @@ fn claude_calls() -> Vec<Bytes> {
     ]
 }
 
+/// Claude calls a tool without arguments.
+fn claude_calls_bare() -> Vec<Bytes> {
+    vec![
+        event(
+            "message_start",
+            json!({"message": {"usage": {"input_tokens": 10, "output_tokens": 1}}}),
+        ),
+        event(
+            "content_block_start",
+            json!({"index": 0, "content_block": {"type": "tool_use", "id": "t1", "name": "get_weather", "input": {}}}),
+        ),
+        event("content_block_stop", json!({"index": 0})),
+        event(
+            "message_delta",
+            json!({"delta": {"stop_reason": "tool_use"}, "usage": {"output_tokens": 30}}),
+        ),
+        event("message_stop", json!({})),
+    ]
+}
+
+#[tokio::test]
+async fn a_call_without_arguments_has_none_of_them_in_json() {
+    let app = TestApp::start().await;
+    agent(&app, "claude-sonnet-4-5", json!({})).await;
+    app.upstream.will(Reply::Stream(claude_calls_bare()));
+    let hello = json!({"agent": "a", "tools": weather(), "messages": [{"role": "user", "content": "Weather?"}]});
+    let (_, told) = answer(app.chat(hello)).await;
+    let call = &told["choices"][0]["message"]["tool_calls"][0];
+    assert_eq!(call["function"]["arguments"], "{}", "{told}");
+}
+
+#[tokio::test]
+async fn gemini_is_told_the_type_of_each_enum_and_asked_for_json_in_the_prompt_where_tools_forbid_it()
+ {
+    let app = TestApp::start().await;
+    let format =
+        json!({"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object"}}});
+    for (number, (model, in_prompt)) in [("gemini-2.5-flash", true), ("gemini-3-pro", false)]
+        .into_iter()
+        .enumerate()
+    {
+        let name = format!("a{number}");
+        let (status, _) =
+            answer(app.post("/v1/agents", json!({"name": name, "model": model}))).await;
+        assert_eq!(status, 201);
+        app.upstream.will_say("{}");
+        let hello = json!({"agent": name, "response_format": format, "messages": [{"role": "user", "content": "Hi"}]});
+        assert_eq!(answer(app.chat(hello)).await.0, 200);
+        let asked = app.upstream.asked().pop().unwrap();
+        assert_eq!(asked["response_format"].is_null(), in_prompt, "{asked}");
+        let scope = &asked["tools"][0]["function"]["parameters"]["properties"]["scope"];
+        assert_eq!(scope["type"], "string", "{asked}");
+    }
+}
+
 fn claude_says(text: &str) -> Vec<Bytes> {
     vec![
         event(
@@ -371,7 +426,17 @@ async fn claude_gets_its_thoughts_back_as_they_were_and_thinks_on() {
                 {"type": "tool_use", "id": "t1", "name": "get_weather", "input": {"in": "Turin"}},
             ])
         );
-        for asked in app.upstream.asked() {
+        // Some take them back only with all that stood before: then they are asked without.
+        app.upstream.answers(|request| {
+            if request.to_string().contains("sealed") {
+                let refusal = json!({"type": "error", "error": {"type": "invalid_request_error", "message": "messages.1.content.0: Invalid signature in thinking block."}});
+                return Reply::Plain(400, vec![], refusal.to_string());
+            }
+            Reply::Stream(claude_says("Sunny."))
+        });
+        app.upstream.will(Reply::Stream(claude_calls()));
+        answer_a_call(&app).await;
+        for asked in app.upstream.asked().into_iter().take(4) {
             assert_eq!(
                 (&asked["thinking"], &asked["output_config"]),
                 (&thinking, &effort)
@@ -537,11 +602,42 @@ async fn what_the_responses_api_says_is_told_as_of_any_model() {
         "{told}"
     );
 
+    let message = |place: u64, phase: Value, text: &str| {
+        let item = json!({"type": "message", "id": "m", "role": "assistant", "phase": phase, "content": []});
+        [
+            event(
+                "response.output_item.added",
+                json!({"output_index": place, "item": item}),
+            ),
+            event(
+                "response.output_text.delta",
+                json!({"output_index": place, "delta": text}),
+            ),
+        ]
+    };
+    let parts = [
+        message(0, json!("commentary"), "I look."),
+        message(1, json!("final_answer"), "Sun."),
+        message(2, Value::Null, "And wind."),
+    ];
+    let end = json!({"response": {"status": "completed"}});
+    let reply = parts
+        .concat()
+        .into_iter()
+        .chain([event("response.completed", end)]);
+    app.upstream.will(Reply::Stream(reply.collect()));
+    let (_, told) = answer(hello(json!({}))).await;
+    let told = &told["choices"][0]["message"];
+    assert_eq!(
+        (&told["content"], &told["reasoning_content"]),
+        (&json!("Sun.\n\nAnd wind."), &json!("I look."))
+    );
+
     let failed = |error: Value| {
-        Reply::Stream(vec![event(
+        vec![event(
             "response.failed",
             json!({"response": {"status": "failed", "error": error}}),
-        )])
+        )]
     };
     let cut = |reason: &str| {
         Reply::Stream(vec![
@@ -572,20 +668,22 @@ async fn what_the_responses_api_says_is_told_as_of_any_model() {
             "No [key] for this.",
         ),
         (
-            Reply::Stream(vec![event(
+            vec![event(
                 "error",
                 json!({"code": "invalid_prompt", "message": "No."}),
-            )]),
+            )],
             400,
             "No.",
         ),
         (
-            Reply::Stream(vec![event("response.created", json!({}))]),
+            vec![event("response.created", json!({}))],
             502,
             "could not be read",
         ),
+        (failed(Value::Null), 502, "could not be read"),
     ] {
-        app.upstream.will(reply);
+        // Again and again: what may pass is asked for once more.
+        app.upstream.answers(move |_| Reply::Stream(reply.clone()));
         let (got, told) = answer(hello(json!({}))).await;
         assert_eq!(got, status, "{told}");
         assert!(told["error"].as_str().unwrap().contains(needle), "{told}");

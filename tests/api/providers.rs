@@ -448,7 +448,7 @@ async fn anthropics_format_is_spoken_both_ways() {
         json!([
             {"role": "user", "content": [{"type": "text", "text": "Weather?"}, {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}}]},
             {"role": "assistant", "content": [{"type": "tool_use", "id": "t0", "name": "get_weather", "input": {}}]},
-            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t0", "content": "which city?"}, {"type": "text", "text": "Turin"}]}
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t0", "content": "which city?"}, {"type": "text", "text": "Turin", "cache_control": {"type": "ephemeral"}}]}
         ])
     );
 

@@ -132,7 +132,7 @@ async fn every_field_is_kept_and_shown() {
         "sideEffects": true, "maxDuration": 60000, "group": "g", "deadline": "2099-01-01T00:00:00Z",
         "expectations": [{"type": "llm_review", "prompt": "Is it short?", "threshold": 4}],
         "expectedOutcomes": [{"type": "text", "label": "Notes"}],
-        "retryPolicy": {"escalateAfter": 1, "fallbackAgent": "x", "escalateModel": "echo"},
+        "retryPolicy": {"escalateAfter": 1, "fallbackAgent": "noor", "escalateModel": "echo"},
         "notifications": {"rules": []}, "user": "u", "sandbox": {"a": 1}, "unknown": "ignored",
     });
     let (status, task) = answer(app.post("/v1/tasks", given.clone())).await;
@@ -243,6 +243,16 @@ async fn what_is_wrong_is_refused_with_a_sentence_and_nothing_is_stored() {
             json!({"escalateModel": "x".repeat(1_100)}),
             "`retryPolicy` is too long",
         ),
+        (
+            "retryPolicy",
+            json!({"escalateAfter": 1, "fallbackAgent": "ghost"}),
+            "`retryPolicy.fallbackAgent`: there is no agent \"ghost\"",
+        ),
+        (
+            "retryPolicy",
+            json!({"escalateAfter": 1, "escalateModel": "nope:nope"}),
+            "`retryPolicy.escalateModel` \"nope:nope\" names no known provider",
+        ),
     ] {
         let mut task = good.clone();
         task[member] = value.clone();
@@ -278,6 +288,8 @@ async fn what_is_wrong_is_refused_with_a_sentence_and_nothing_is_stored() {
             400,
         ),
         (json!({"expectations": [{"type": "vibes"}]}), 400),
+        (json!({"retryPolicy": {"fallbackAgent": "ghost"}}), 400),
+        (json!({"retryPolicy": {"escalateModel": "nope:nope"}}), 400),
         (json!({"status": "done"}), 409),
         (json!({"status": "in_progress"}), 409),
         (json!({"status": "review"}), 409),
@@ -1484,12 +1496,18 @@ async fn what_questions_rewrites_and_useless_reviews_used_is_recorded() {
             Some("decider") => {
                 r#"{"question":false,"answer":"","description":"Do it again, and better this time."}"#
             }
+            Some("judge") if last_text(request, "system").contains("Is it short?") => {
+                return scored(request, 1.0);
+            }
             Some("judge") => "Hm.",
             _ => "Is it good?",
         };
         Reply::Stream(said(words))
     });
-    let expectations = json!([{"type": "llm_review", "criteria": "c"}]);
+    let expectations = json!([
+        {"type": "llm_review", "criteria": "Is it short?"},
+        {"type": "llm_review", "criteria": "Is it new?"},
+    ]);
     let id = app
         .task("t", json!({"maxRetries": 0, "expectations": expectations}))
         .await;
@@ -1719,7 +1737,8 @@ async fn a_task_that_is_sent_back_as_it_was_read_is_not_changed() {
     let app = start().await;
     app.upstream.answers(|request| {
         if last_text(request, "user") == "Do work" {
-            Reply::Plain(400, vec![], "{}".to_owned())
+            // No work: the next attempt is told so.
+            Reply::Stream(said(""))
         } else {
             Reply::Hang(vec![])
         }
@@ -1802,4 +1821,205 @@ async fn a_run_without_a_word_or_a_deed_is_no_success() {
     });
     answer(app.post(&format!("/v1/tasks/{id}/retry"), json!({}))).await;
     app.until(&id, "done").await;
+}
+
+#[tokio::test]
+async fn without_an_orchestrator_an_agent_is_answered_by_the_model_that_it_has() {
+    let app = start().await;
+    app.upstream.answers(|request| {
+        if last_text(request, "system").starts_with("An agent was given a task") {
+            Reply::Stream(said(
+                &json!({"question": true, "answer": "Blue."}).to_string(),
+            ))
+        } else if last_text(request, "user").contains("Blue.") {
+            Reply::Stream(said("It is blue."))
+        } else {
+            Reply::Stream(said("Which colour?"))
+        }
+    });
+    let id = app.task("paint", json!({})).await;
+    let task = app.until(&id, "done").await;
+    assert_eq!(
+        (&task["questionRounds"], &task["result"]["stdout"]),
+        (&json!(1), &json!("It is blue."))
+    );
+    let classifier = app.upstream.asked()[1].clone();
+    assert_eq!(classifier["model"], "scripted");
+
+    // What the project names goes before it.
+    answer(app.patch("/v1/config", json!({"defaultModel": "openai:usual"}))).await;
+    let id = app.task("paint again", json!({})).await;
+    app.until(&id, "done").await;
+    let asked = app.upstream.asked();
+    let by_default = asked.iter().filter(|asked| asked["model"] == "usual");
+    assert_eq!(by_default.count(), 1);
+}
+
+#[tokio::test]
+async fn without_an_orchestrator_a_task_is_described_anew_by_the_model_that_it_has() {
+    let app = start().await;
+    let levels = json!([{"level": 1, "handler": "orchestrator"}]);
+    answer(app.patch(
+        "/v1/config",
+        json!({"escalationPolicy": {"levels": levels}}),
+    ))
+    .await;
+    app.upstream.answers(|request| {
+        if last_text(request, "system").starts_with("A task has failed several times") {
+            let better = json!({"description": "Do it slowly, and step by step."});
+            Reply::Stream(said(&better.to_string()))
+        } else if last_text(request, "user").contains("step by step") {
+            Reply::Stream(said("Done."))
+        } else {
+            let refusal = json!({"error": {"message": "not so fast"}});
+            Reply::Plain(400, vec![], refusal.to_string())
+        }
+    });
+    let id = app.task("hard", json!({"maxRetries": 0})).await;
+    app.until(&id, "done").await;
+    let asked = app.upstream.asked();
+    let rewriter = asked
+        .iter()
+        .find(|request| last_text(request, "system").starts_with("A task has failed"));
+    // Whoever describes it anew knows what went wrong, whoever's fault it was.
+    let told = last_text(rewriter.unwrap(), "user");
+    assert!(told.contains("not so fast"), "{told}");
+    // The agent hears nothing of it.
+    let told = last_text(asked.last().unwrap(), "user");
+    assert!(!told.contains("not so fast"), "{told}");
+}
+
+/// What an agent was told in its attempts.
+fn told(app: &TestApp) -> Vec<String> {
+    let asked = app.upstream.asked();
+    asked
+        .iter()
+        .map(|request| last_text(request, "user"))
+        .collect()
+}
+
+#[tokio::test]
+async fn an_outage_of_the_provider_is_no_word_on_the_work() {
+    let app = start().await;
+    let refusal = || Reply::Plain(400, vec![], "{}".to_owned());
+    app.upstream.will(refusal());
+    app.upstream.will(Reply::Hang(vec![]));
+    let id = app.task("work", json!({})).await;
+    eventually("it is tried again", async || told(&app).len() == 2).await;
+    let task = app.read(&id).await;
+    assert_eq!(
+        (
+            &task["retries"],
+            &task["description"],
+            task.get("originalDescription")
+        ),
+        (&json!(1), &json!("Do work"), None)
+    );
+    assert_eq!(told(&app), ["Do work", "Do work"]);
+
+    // What was wrong with the work before it is still to be mended.
+    let app = start().await;
+    app.upstream.will_say("");
+    app.upstream.will(refusal());
+    app.upstream.will(Reply::Hang(vec![]));
+    app.task("work", json!({})).await;
+    eventually("it is tried twice more", async || told(&app).len() == 3).await;
+    let told = told(&app);
+    assert!(
+        told[1].ends_with("was not good enough: The model's answer was empty."),
+        "{told:?}"
+    );
+    assert_eq!(told[1], told[2]);
+
+    // What may have touched the world is looked at, but not because of bad work.
+    let app = start().await;
+    app.upstream.will(refusal());
+    let id = app.task("work", json!({"sideEffects": true})).await;
+    let task = app.until(&id, "awaiting_approval").await;
+    let description = task["description"].as_str().unwrap();
+    assert!(
+        description.contains("did not succeed.\n\n") && description.contains("Do not repeat"),
+        "{description}"
+    );
+}
+
+#[tokio::test]
+async fn a_run_that_came_to_a_limit_is_told_so_and_what_was_added_goes_when_it_is_done() {
+    let app = start().await;
+    let mut cut = vec![chunk(&json!({"content": "half an ans"}), None)];
+    cut.extend(ending("length"));
+    app.upstream.will(Reply::Stream(cut));
+    let go_on = Arc::new(Notify::new());
+    app.upstream
+        .will(Reply::Pause(vec![], go_on.clone(), said("Short.")));
+    let id = app.task("long", json!({})).await;
+    eventually("it is tried again", async || told(&app).len() == 2).await;
+    let task = app.read(&id).await;
+    assert_eq!(
+        (&task["description"], &task["originalDescription"]),
+        (
+            &json!(
+                "Do long\n\nAn earlier attempt came to a limit before it was finished: The model's answer was cut off at its token limit."
+            ),
+            &json!("Do long")
+        )
+    );
+    go_on.notify_one();
+    let task = app.until(&id, "done").await;
+    assert_eq!(
+        (&task["description"], task.get("originalDescription")),
+        (&json!("Do long"), None)
+    );
+}
+
+#[tokio::test]
+async fn a_policy_that_is_sent_back_as_it_was_read_is_no_other_one() {
+    let app = start().await;
+    app.agent("boss").await;
+    let policy = json!({"escalateAfter": 1, "fallbackAgent": "boss"});
+    let id = app
+        .task("work", json!({"draft": true, "retryPolicy": policy}))
+        .await;
+    assert_eq!(answer(app.delete("/v1/agents/boss")).await.0, 200);
+    let path = format!("/v1/tasks/{id}");
+    let same = app.patch(&path, json!({"retryPolicy": policy, "priority": 2}));
+    let (status, task) = answer(same).await;
+    assert_eq!(status, 200, "{task}");
+    let other = json!({"retryPolicy": {"escalateAfter": 2, "fallbackAgent": "boss"}});
+    assert_eq!(answer(app.patch(&path, other)).await.0, 400);
+}
+
+#[tokio::test]
+async fn an_empty_reason_is_none() {
+    let app = start().await;
+    for (deed, sentence) in [("kill", "Killed."), ("force-fail", "Failed by hand.")] {
+        let id = app.task(deed, json!({"draft": true})).await;
+        let stopped = app.post(&format!("/v1/tasks/{id}/{deed}"), json!({"reason": " "}));
+        let (status, body) = answer(stopped).await;
+        assert_eq!(status, 200, "{body}");
+        let result = app.read(&id).await["result"].clone();
+        assert_eq!(result["stderr"], sentence, "{result}");
+    }
+}
+
+#[tokio::test]
+async fn an_outcome_that_is_no_web_address_is_refused_and_the_model_told() {
+    let app = start().await;
+    let urls = ["javascript:alert(1)", "not a url", "https://example.com/a"];
+    app.upstream.answers(move |request| {
+        let Some(url) = urls.get(results(request)) else {
+            return Reply::Stream(said("Here."));
+        };
+        let outcome = json!({"type": "url", "label": "Page", "url": url}).to_string();
+        Reply::Stream(called(&[("c", "register_outcome", &[&outcome])]))
+    });
+    let id = app.task("publish", json!({})).await;
+    let task = app.until(&id, "done").await;
+    let outcomes = task["outcomes"].as_array().unwrap();
+    assert_eq!(outcomes.len(), 1, "{task}");
+    assert_eq!(outcomes[0]["url"], "https://example.com/a");
+    for asked in &app.upstream.asked()[1..3] {
+        let told = last_text(asked, "tool");
+        assert!(told.contains("http or https"), "{told}");
+    }
 }

@@ -325,6 +325,12 @@ async fn the_memory_tools_read_add_and_replace_in_both_memories() {
         ),
         (
             "memory_append",
+            json!({"content": " \n"}),
+            "error",
+            "nothing to add",
+        ),
+        (
+            "memory_append",
             json!({"content": "a\u{0}b"}),
             "completed",
             "Saved.",
