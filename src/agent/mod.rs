@@ -2,7 +2,7 @@
 //!
 //! [`turn`] is pulled by its caller and writes nothing; it knows neither HTTP nor who pulls.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,11 +16,14 @@ use crate::llm::{
 mod compact;
 mod format;
 mod prompt;
+mod step;
 mod toolbox;
 
 pub use compact::Compaction;
 pub use format::{FormatError, OutputFormat};
 pub use prompt::{Persona, system_prompt};
+pub use step::Again;
+use step::{Stepping, ask_for_step};
 pub use toolbox::{ToolState, ToolUse, Toolbox};
 
 /// The most calls of the model in one turn of a chat (contract 2.1.6).
@@ -81,10 +84,6 @@ impl TurnError {
     }
 }
 
-/// The most bytes of one answer, and the most tools that it calls: whoever serves a model may never come to an end.
-const LONGEST_ANSWER: usize = 32 * 1024 * 1024;
-const MOST_CALLS: usize = 1_000;
-
 /// What may be done about an answer of the wrong format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Repair {
@@ -110,38 +109,6 @@ pub struct Course {
     pub window: Option<u64>,
     /// What is done about a provider that breaks off.
     pub again: Again,
-}
-
-/// How a step is asked for again that its provider has broken off: what was done before it is not done again.
-#[derive(Debug, Clone)]
-pub struct Again {
-    /// How long to rest before each further try; a provider that asks for more gets it.
-    pub pauses: Vec<Duration>,
-    /// Whether words can be taken back ([`TurnEvent::Broken`]), and there is time: then also a step is waited for that is refused at the moment.
-    pub takes_back: bool,
-}
-
-impl Again {
-    /// How long to rest after a failure; `None` when to ask again would not help, or not soon.
-    fn rest(&self, error: &ProviderError, pause: Duration) -> Option<Duration> {
-        match error {
-            ProviderError::RateLimited {
-                retry_after: Some(wish),
-            } => Some(pause.max(*wish)).filter(|rest| *rest <= LONGEST_REST),
-            // Whoever waits for the words has waited long enough.
-            ProviderError::Idle(_) if !self.takes_back => None,
-            error => error.is_transient().then_some(pause),
-        }
-    }
-}
-
-/// The longest rest that a provider may ask for in the middle of a turn.
-const LONGEST_REST: Duration = Duration::from_secs(300);
-
-fn has_worked(messages: &[Message]) -> bool {
-    messages
-        .iter()
-        .any(|message| matches!(message, Message::Assistant { .. }))
 }
 
 impl Course {
@@ -192,51 +159,27 @@ pub fn turn(
                 while let Some(compaction) = compactor.shorten(&*provider, &mut request).await? {
                     yield TurnEvent::Compacted(compaction);
                 }
-                let mut pauses = again.pauses.iter();
-                let (step, mut words) = 'step: loop {
-                    let mut places = Places::new(&callers);
-                    let mut words = Words::of(&format);
-                    // Whether the model has begun to answer, and whether the caller has heard of it.
-                    let (mut begun, mut heard) = (false, false);
-                    let mut call = Box::pin(call_model(&*provider, request.clone()));
-                    let error = loop {
-                        let event = match call.next().await {
-                            Some(Ok(Called::Begun)) => {
-                                begun = true;
-                                compactor.fits();
-                                continue;
-                            }
-                            Some(Ok(Called::Ended(step))) => break 'step (step, words),
-                            Some(Ok(Called::Said(event))) => event,
-                            Some(Err(error)) => break error,
-                            None => break ProviderError::Protocol("the call ended without an end".to_owned()),
-                        };
-                        let Some(event) = words.hear(event) else { continue };
-                        if follows && matches!(event, ModelEvent::Text(_)) {
-                            follows = false;
-                            yield TurnEvent::Paragraph;
-                        }
-                        if let Some(event) = places.route(event) {
-                            heard = true;
+                let mut paragraph = false;
+                let mut stepping = Box::pin(ask_for_step(&*provider, &request, &callers, &format, &again, follows));
+                let (step, mut words) = loop {
+                    match stepping.next().await {
+                        Some(Ok(Stepping::Begun)) => compactor.fits(),
+                        Some(Ok(Stepping::Event(event))) => {
+                            paragraph = match event {
+                                TurnEvent::Paragraph => true,
+                                TurnEvent::Broken => false,
+                                _ => paragraph,
+                            };
                             yield event;
                         }
-                    };
-                    drop(call);
-                    if matches!(error, ProviderError::ContextTooLong) && compactor.insist(&request) {
-                        continue 'turn;
+                        Some(Ok(Stepping::Ended(step, words))) => break (step, words),
+                        Some(Err(ProviderError::ContextTooLong)) if compactor.insist(&request) => continue 'turn,
+                        Some(Err(error)) => Err(error)?,
+                        None => Err(ProviderError::Protocol("the step ended without an end".to_owned()))?,
                     }
-                    // A call that nobody began to answer has been tried several times already. What was done before it is worth waiting for.
-                    let worth_it = begun || (again.takes_back && has_worked(&request.messages));
-                    let pause = pauses.next().filter(|_| worth_it && (again.takes_back || !heard));
-                    let Some(pause) = pause.and_then(|pause| again.rest(&error, *pause)) else {
-                        Err(error)?
-                    };
-                    tracing::warn!(model = request.model, "a step of a turn is asked for again: {}", error.told());
-                    if heard {
-                        yield TurnEvent::Broken;
-                    }
-                    tokio::time::sleep(pause).await;
                 };
+                drop(stepping);
+                follows &= !paragraph;
                 let checked = format.check(&step);
                 let message = step.message.clone();
                 let calls = step.calls_to_run(&callers);
@@ -292,89 +235,6 @@ pub fn turn(
     }
 }
 
-/// What a call of the model comes to.
-enum Called {
-    /// The provider answers.
-    Begun,
-    Said(ModelEvent),
-    Ended(Step),
-}
-
-/// Calls the model once.
-fn call_model(
-    provider: &dyn Provider,
-    request: ModelRequest,
-) -> impl Stream<Item = Result<Called, ProviderError>> + Send {
-    async_stream::try_stream! {
-        let mut stream = provider.stream(request).await?;
-        yield Called::Begun;
-        let (mut answer, mut said) = (Answer::default(), 0);
-        loop {
-            let event = stream.next().await.ok_or_else(|| {
-                ProviderError::Protocol("the stream ended without a finish".to_owned())
-            })??;
-            if let ModelEvent::Finished { reason, usage } = event {
-                yield Called::Ended(answer.into_step(reason, usage));
-                return;
-            }
-            answer.push(&event);
-            said += event.bytes();
-            if said > LONGEST_ANSWER || answer.tool_calls.len() > MOST_CALLS {
-                Err(ProviderError::Protocol(format!(
-                    "it is longer than {LONGEST_ANSWER} bytes, or calls more than {MOST_CALLS} tools"
-                )))?;
-            }
-            yield Called::Said(event);
-        }
-    }
-}
-
-/// The words of a step where JSON is to come. A model may say first what it is about to do and then call a tool: such words are held back until
-/// it is known whether they are the answer.
-struct Words {
-    waiting: String,
-    held: bool,
-    told: bool,
-}
-
-impl Words {
-    fn of(format: &OutputFormat) -> Self {
-        Self {
-            waiting: String::new(),
-            held: !matches!(format, OutputFormat::Text),
-            told: false,
-        }
-    }
-
-    /// What may be told of an event.
-    fn hear(&mut self, event: ModelEvent) -> Option<ModelEvent> {
-        let ModelEvent::Text(text) = event else {
-            return Some(event);
-        };
-        if !self.held {
-            self.told = true;
-            return Some(ModelEvent::Text(text));
-        }
-        self.waiting += &text;
-        let begins = self.waiting.trim_start().chars().next()?;
-        // All JSON but a bare word, which could be prose.
-        let is_json = matches!(begins, '{' | '[' | '"' | '-' | '0'..='9');
-        if is_json { self.release() } else { None }
-    }
-
-    /// What was held back.
-    fn release(&mut self) -> Option<ModelEvent> {
-        self.held = false;
-        let waiting = std::mem::take(&mut self.waiting);
-        self.told |= !waiting.is_empty();
-        (!waiting.is_empty()).then_some(ModelEvent::Text(waiting))
-    }
-
-    fn were_told(&self) -> bool {
-        self.told
-    }
-}
-
 /// The tool calls of one answer.
 struct Calls {
     /// Those that the server runs.
@@ -410,54 +270,6 @@ impl Step {
             ours,
             theirs: !theirs.is_empty(),
         })
-    }
-}
-
-/// Tells the caller's tool calls from the server's as they come in pieces.
-struct Places<'a> {
-    callers: &'a HashSet<String>,
-    /// From the model's index of a call to its place among the caller's.
-    of_callers: HashMap<usize, usize>,
-}
-
-impl<'a> Places<'a> {
-    fn new(callers: &'a HashSet<String>) -> Self {
-        Self {
-            callers,
-            of_callers: HashMap::new(),
-        }
-    }
-
-    /// What is told of an event; nothing of the arguments of the server's calls.
-    fn route(&mut self, event: ModelEvent) -> Option<TurnEvent> {
-        match event {
-            ModelEvent::ToolCallStarted { index, id, name } if self.callers.contains(&name) => {
-                let place = self.of_callers.len();
-                self.of_callers.insert(index, place);
-                Some(TurnEvent::Delta(ModelEvent::ToolCallStarted {
-                    index: place,
-                    id,
-                    name,
-                }))
-            }
-            ModelEvent::ToolCallStarted { id, name, .. } => Some(TurnEvent::Tool(ToolUse {
-                call: ToolCall {
-                    id,
-                    name,
-                    arguments: String::new(),
-                },
-                state: ToolState::Preparing,
-            })),
-            ModelEvent::ToolCallArguments { index, piece } => {
-                let index = *self.of_callers.get(&index)?;
-                Some(TurnEvent::Delta(ModelEvent::ToolCallArguments {
-                    index,
-                    piece,
-                }))
-            }
-            ModelEvent::State(_) => None,
-            event => Some(TurnEvent::Delta(event)),
-        }
     }
 }
 
