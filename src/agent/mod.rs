@@ -43,6 +43,8 @@ pub enum TurnEvent {
     Restarted,
     /// What was said of the step under way does not count: its provider has broken off, and is asked again.
     Broken,
+    /// It is asked for again after so long.
+    Resting(Duration),
     /// One call of the model has ended. The server's tools that it calls run after this.
     Step(Step),
     /// The conversation was shortened so that it fits the model.

@@ -27,7 +27,14 @@ impl Again {
         match error {
             ProviderError::RateLimited {
                 retry_after: Some(wish),
-            } => Some(pause.max(*wish)).filter(|rest| *rest <= LONGEST_REST),
+            } => {
+                let longest = if self.takes_back {
+                    LONGEST_REST
+                } else {
+                    SHORT_REST
+                };
+                Some(pause.max(*wish)).filter(|rest| *rest <= longest)
+            }
             // Whoever waits for the words has waited long enough.
             ProviderError::Idle(_) if !self.takes_back => None,
             error => error.is_transient().then_some(pause),
@@ -35,8 +42,11 @@ impl Again {
     }
 }
 
-/// The longest rest that a provider may ask for in the middle of a turn.
-const LONGEST_REST: Duration = Duration::from_secs(300);
+/// The longest rest that a provider may ask for in the middle of a turn, whose place is taken meanwhile: a longer one ends the attempt, and comes between it
+/// and the next.
+const LONGEST_REST: Duration = Duration::from_secs(60);
+/// The same where someone waits for the words.
+const SHORT_REST: Duration = Duration::from_secs(2);
 
 fn has_worked(messages: &[Message]) -> bool {
     messages
@@ -108,6 +118,7 @@ pub(super) fn ask_for_step<'a>(
             if heard {
                 yield Stepping::Event(TurnEvent::Broken);
             }
+            yield Stepping::Event(TurnEvent::Resting(pause));
             tokio::time::sleep(pause).await;
         }
     }
@@ -155,6 +166,8 @@ fn call_model(
 pub(super) struct Words {
     waiting: String,
     held: bool,
+    /// Whether what waits has begun as no JSON does.
+    prose: bool,
     told: bool,
 }
 
@@ -163,6 +176,7 @@ impl Words {
         Self {
             waiting: String::new(),
             held: !matches!(format, OutputFormat::Text),
+            prose: false,
             told: false,
         }
     }
@@ -176,11 +190,18 @@ impl Words {
             self.told = true;
             return Some(ModelEvent::Text(text));
         }
+        // All that waits are blanks, unless it is prose.
+        let begins = text.trim_start().chars().next();
         self.waiting += &text;
-        let begins = self.waiting.trim_start().chars().next()?;
+        if self.prose {
+            return None;
+        }
         // All JSON but a bare word, which could be prose.
-        let is_json = matches!(begins, '{' | '[' | '"' | '-' | '0'..='9');
-        if is_json { self.release() } else { None }
+        if matches!(begins?, '{' | '[' | '"' | '-' | '0'..='9') {
+            return self.release();
+        }
+        self.prose = true;
+        None
     }
 
     /// What was held back.

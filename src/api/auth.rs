@@ -76,8 +76,14 @@ impl Presented {
     /// Whether it opens nothing any more. A database that is away does not say so.
     pub async fn is_revoked(self, app: &App) -> bool {
         let opened = match self {
-            Self::Key { world, hash } => app.db.authenticate(world, hash).await.map(drop),
-            Self::Admin(project) => app.db.admin_door(project).await.map(drop),
+            Self::Key { world, hash } => {
+                let opened = app.db.authenticate(world, hash);
+                app.db.in_time(opened).await.map(drop)
+            }
+            Self::Admin(project) => {
+                let opened = app.db.admin_door(project);
+                app.db.in_time(opened).await.map(drop)
+            }
         };
         matches!(opened, Err(StoreError::NotFound))
     }

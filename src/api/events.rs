@@ -267,8 +267,8 @@ impl Reader {
         if self.checked.elapsed() >= RECHECK {
             self.recheck().await?;
         }
-        let page = self.db.events_after(self.after).await;
-        let page = page.map_err(|error| {
+        let page = self.db.events_after(self.after);
+        let page = self.db.in_time(page).await.map_err(|error| {
             tracing::warn!("an event reader is dropped: {error}");
             "the log cannot be read at the moment"
         })?;
@@ -301,7 +301,7 @@ impl Reader {
 
     /// Whether the log still has what the feed was too quick for.
     async fn can_catch_up(&self) -> bool {
-        match self.db.event_range().await {
+        match self.db.in_time(self.db.event_range()).await {
             Ok(range) => range.last - self.after <= BEHIND,
             Err(_unreachable) => false,
         }

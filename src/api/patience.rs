@@ -37,6 +37,7 @@ pub async fn bound(
     };
     let mut answer = std::pin::pin!(next.run(request));
     let mut unanswered = Unanswered::new(&app);
+    unanswered.body = Some(body.clone());
     loop {
         // A slow caller is no slow database, but does not hold us up for ever.
         let since = body.last().unwrap_or(began).min(began + LONGEST_BODY);
@@ -138,6 +139,8 @@ pub async fn within<T>(
 struct Unanswered<'a> {
     app: &'a App,
     began: Instant,
+    /// What comes in before anything is asked of the database, for which a slow caller is to blame.
+    body: Option<Incoming>,
     answered: bool,
 }
 
@@ -146,6 +149,7 @@ impl<'a> Unanswered<'a> {
         Self {
             app,
             began: Instant::now(),
+            body: None,
             answered: false,
         }
     }
@@ -153,7 +157,10 @@ impl<'a> Unanswered<'a> {
 
 impl Drop for Unanswered<'_> {
     fn drop(&mut self) {
-        if !self.answered && self.began.elapsed() > LONG {
+        let body = self.body.as_ref();
+        let since = body.and_then(Incoming::last).unwrap_or(self.began);
+        let comes_in = body.is_some_and(Incoming::is_under_way);
+        if !self.answered && !comes_in && since.elapsed() > LONG {
             self.app.db.suspect();
         }
     }

@@ -235,7 +235,7 @@ async fn listen(
                 Said::Tool(tool)
             }
             // A chat's words are not taken back: its steps are asked for again only before the first.
-            Some(Ok(TurnEvent::Broken)) => continue,
+            Some(Ok(TurnEvent::Broken | TurnEvent::Resting(_))) => continue,
             Some(Ok(TurnEvent::Restarted)) => {
                 progress.said.pop();
                 Said::Restarted

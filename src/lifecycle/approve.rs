@@ -194,8 +194,7 @@ pub(super) fn attempt_goes_on(hook: Option<Hook>) -> bool {
 /// The next gate at the same hook, where nobody else asks there again: whoever takes a task up asks before it begins and before it is judged.
 fn next_gate(settings: &Settings, task: &Task, row: &ApprovalRow) -> Option<(Closed, Hook)> {
     if is_retry(row) {
-        let reason = task.document.feedback.as_deref().unwrap_or_default();
-        gate_before_retry(settings, task, reason).map(|closed| (closed, Hook::TaskRetry))
+        gate_before_retry(settings, task, task.trouble()).map(|closed| (closed, Hook::TaskRetry))
     } else {
         gate_before_going_on(settings, task, Hook::of(&row.hook))
     }

@@ -360,8 +360,11 @@ pub async fn escalate(
             }
         }
     }
-    let cause = task.document.feedback.take();
-    let cause = cause.unwrap_or_else(|| "Nobody that it was escalated to could help.".to_owned());
+    let cause = match task.trouble() {
+        "" => "Nobody that it was escalated to could help.".to_owned(),
+        cause => cause.to_owned(),
+    };
+    task.document.feedback = None;
     give_up(tx, db, task, cause).await
 }
 

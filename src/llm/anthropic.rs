@@ -135,13 +135,13 @@ fn body(request: &ModelRequest, of: Option<&Owner>) -> Result<Value, ProviderErr
     let effort = request
         .reasoning
         .filter(|_| !forced && (adaptive || begins_with_thoughts(&request.messages, of)));
-    let most = most_tokens(&request.model);
+    let most = most_tokens(&request.model).unwrap_or(u32::MAX);
     let usual = if adaptive {
         USUAL_TOKENS_THINKING
     } else {
         USUAL_TOKENS
     };
-    let answer_tokens = sampling.max_tokens.unwrap_or(usual).min(most);
+    let answer_tokens = sampling.max_tokens.unwrap_or(usual.min(most));
     // What thinking adds is cut where the model's limit is.
     let thinking = effort
         .and_then(thinking_tokens)
@@ -220,8 +220,8 @@ fn thinks_adaptively(model: &str) -> bool {
     }
 }
 
-/// The most that a model writes, thinking included ("Models overview").
-fn most_tokens(model: &str) -> u32 {
+/// The most that a model writes, thinking included ("Models overview"), of those that we know.
+fn most_tokens(model: &str) -> Option<u32> {
     let model = model.rsplit('/').next().unwrap_or(model);
     let known = [
         ("claude-3-7", 64_000),
@@ -230,11 +230,13 @@ fn most_tokens(model: &str) -> u32 {
         ("claude-opus-4-6", 128_000),
         ("claude-opus-4-7", 128_000),
         ("claude-opus-4", 32_000),
+        ("claude-sonnet-4", 64_000),
+        ("claude-haiku-4", 64_000),
     ];
     known
         .iter()
         .find(|(prefix, _)| model.starts_with(prefix))
-        .map_or(64_000, |(_, tokens)| *tokens)
+        .map(|(_, tokens)| *tokens)
 }
 
 fn effort_word(effort: Effort) -> &'static str {

@@ -116,13 +116,17 @@ impl OpenAi {
         given_back: Option<&Owner>,
     ) -> Result<ModelStream, ProviderError> {
         let uses_tools = !request.tools.is_empty();
-        if uses_tools && self.asked_there.has(&self.base_url, &request.model) {
+        if self
+            .asked_there
+            .has(&self.base_url, &request.model, uses_tools)
+        {
             return responses::stream(self, request, given_back).await;
         }
         match self.complete(request, given_back).await {
             // OpenAI's newer models think, and use no tools here while they do. It says so, and where they are to be asked.
             Err(ProviderError::Rejected(reason)) if reason.contains("v1/responses") => {
-                self.asked_there.add(&self.base_url, &request.model);
+                self.asked_there
+                    .add(&self.base_url, &request.model, uses_tools);
                 responses::stream(self, request, given_back).await
             }
             answer => answer,

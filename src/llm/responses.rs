@@ -18,25 +18,25 @@ use super::{
     ProviderState, ResponseFormat, ToolCall, ToolChoice, Usage,
 };
 
-/// Which models, at which base URL, said that they are to be asked here. Forgotten with the process; to learn it again is one refusal.
+/// Which models, at which base URL, said that they are to be asked here, with tools or without. Forgotten with the process; to learn it again is one refusal.
 #[derive(Debug, Default)]
-pub(super) struct AskedThere(Mutex<HashSet<(String, String)>>);
+pub(super) struct AskedThere(Mutex<HashSet<(String, String, bool)>>);
 
 impl AskedThere {
     /// Tenants name models as they like.
     const MOST: usize = 1_000;
 
-    pub(super) fn has(&self, base_url: &str, model: &str) -> bool {
+    pub(super) fn has(&self, base_url: &str, model: &str, uses_tools: bool) -> bool {
         let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        !known.is_empty() && known.contains(&(base_url.to_owned(), model.to_owned()))
+        !known.is_empty() && known.contains(&(base_url.to_owned(), model.to_owned(), uses_tools))
     }
 
-    pub(super) fn add(&self, base_url: &str, model: &str) {
+    pub(super) fn add(&self, base_url: &str, model: &str, uses_tools: bool) {
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if known.len() >= Self::MOST {
             known.clear();
         }
-        known.insert((base_url.to_owned(), model.to_owned()));
+        known.insert((base_url.to_owned(), model.to_owned(), uses_tools));
     }
 }
 
@@ -339,9 +339,9 @@ impl Reader {
                 if let Some(error) = response.error.as_ref().filter(|error| !error.is_null()) {
                     return Err(self.failure(error));
                 }
-                if !["completed", "incomplete"].contains(&response.status.as_str()) {
+                if ["failed", "cancelled"].contains(&response.status.as_str()) {
                     return Err(ProviderError::Protocol(
-                        "the response ended as neither completed nor incomplete".to_owned(),
+                        "the response failed without a reason".to_owned(),
                     ));
                 }
                 self.ending = Some(response);

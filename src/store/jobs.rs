@@ -216,14 +216,20 @@ impl Db {
     /// When the database cannot be reached.
     pub async fn hold(&self, holder: Holder) -> Result<Standing> {
         let mut connection = PgConnection::connect_with(&self.standing).await?;
-        let held = sqlx::query_scalar!(r#"select pg_try_advisory_lock($1) as "held!""#, holder.0);
-        if !held.fetch_one(&mut connection).await? {
+        let tried = sqlx::query!(
+            r#"select pg_try_advisory_lock($1) as "held!", pg_backend_pid() as "pid!""#,
+            holder.0
+        );
+        let tried = tried.fetch_one(&mut connection).await?;
+        if !tried.held {
+            // It may end by itself at this moment, and then it is we who hold the lock.
             let end = sqlx::query_scalar!(
                 "select pg_terminate_backend(pid) from pg_locks
-                where locktype = 'advisory' and granted and objsubid = 1
+                where locktype = 'advisory' and granted and objsubid = 1 and pid <> $2
                   and database = (select oid from pg_database where datname = current_database())
                   and (classid::bigint << 32) | objid::bigint = $1",
-                holder.0
+                holder.0,
+                tried.pid
             )
             .fetch_all(&self.platform);
             let wait =
@@ -320,8 +326,7 @@ impl Db {
         let column = |count| i64::try_from(count).unwrap_or(i64::MAX);
         let some: Vec<Uuid> = room.of_some.keys().copied().collect();
         let of_some: Vec<i64> = room.of_some.values().copied().map(column).collect();
-        // A project that may have none is stepped over, which costs a step of the index as any other, and takes no other's turn. How many are picked of one
-        // cannot be said where they are picked, only below: the rest is let go.
+        // A project that may have none is stepped over, which costs a step of the index as any other, and takes no other's turn.
         let rows = sqlx::query!(
             r#"with recursive allowed as materialized (
                 select * from unnest($6::uuid[], $7::bigint[]) as a (project_id, most)
@@ -342,20 +347,15 @@ impl Db {
                 where turn.number < $2::bigint
             ), sharing as (
                 select count(*) as count from turn where most > 0
-            ), found as (
-                select j.project_id, j.kind, j.subject, turn.most
+            ), picked as (
+                select j.project_id, j.kind, j.subject
                 from turn cross join lateral (
                     select project_id, kind, subject from jobs
                     where lane = $5 and ready and project_id = turn.project_id
                     order by priority desc, created_at
-                    limit greatest(1, $2::bigint / greatest(1, (select count from sharing)))
+                    limit least(turn.most, greatest(1, $2::bigint / greatest(1, (select count from sharing))))
                     for update skip locked
                 ) j
-                where turn.most > 0
-            ), picked as (
-                select project_id, kind, subject
-                from (select *, row_number() over (partition by project_id) as place from found) f
-                where place <= most
                 limit $2::bigint
             )
             update jobs

@@ -297,7 +297,12 @@ async fn follow(
                     return Ok(Followed::Ended(Ending::broken(&error)));
                 }
                 Some(Ok(event)) => {
-                    limits.quiet_since = Instant::now();
+                    // A rest that a provider is given is no silence.
+                    let rest = match &event {
+                        TurnEvent::Resting(rest) => *rest,
+                        _ => Duration::ZERO,
+                    };
+                    limits.quiet_since = Instant::now() + rest;
                     limits.warned = false;
                     if recorder.note(event).await? {
                         if held.should_rest().await {

@@ -99,7 +99,10 @@ impl<'a> Recorder<'a> {
                 self.written = 0;
                 Ok(false)
             }
-            TurnEvent::Delta(_) | TurnEvent::Paragraph | TurnEvent::Restarted => Ok(false),
+            TurnEvent::Delta(_)
+            | TurnEvent::Paragraph
+            | TurnEvent::Resting(_)
+            | TurnEvent::Restarted => Ok(false),
             TurnEvent::Step(step) => self.note_step(step).await,
             TurnEvent::Tool(tool) => self.note_tool(tool).await,
             TurnEvent::Compacted(compaction) => {

@@ -123,3 +123,21 @@ async fn what_is_said_before_a_tool_is_no_part_of_a_streamed_json_answer() {
     assert_eq!(spoken(&frames(&text)), "No JSON at all.", "{text}");
     assert!(text.contains("it is not JSON"), "{text}");
 }
+
+#[tokio::test]
+async fn a_rest_that_a_provider_is_given_is_no_silence_of_the_run() {
+    let app = TestApp::start_with(&["--retry-backoff-ms", "2000"]).await;
+    app.agent("noor").await;
+    let quick = json!({"staleThreshold": 400});
+    assert_eq!(answer(app.patch("/v1/config", quick)).await.0, 200);
+    app.upstream.will(appends());
+    app.upstream.will(Reply::Cut(vec![chunk(
+        &json!({"content": "Half a "}),
+        None,
+    )]));
+    app.upstream.will_say("Done.");
+    let id = app.task("t", json!({"maxRetries": 0})).await;
+    let task = app.until(&id, "done").await;
+    assert_eq!(task["result"]["reason"], "finished");
+    assert!(app.events("agent:stale").await.is_empty());
+}
