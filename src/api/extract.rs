@@ -324,7 +324,18 @@ impl<T> Listed<T> {
     /// A page of `size` of the list at `path`; a full page may have another after its last item.
     pub fn new(items: Vec<T>, size: i64, path: &str, last: impl Fn(&T) -> String) -> Self {
         let full = i64::try_from(items.len()).is_ok_and(|count| count >= size);
-        let next = items.last().filter(|_| full).map(|item| {
+        Self::page(items, full, size, path, last)
+    }
+
+    /// The same of a page that may be cut off before it is full.
+    pub fn page(
+        items: Vec<T>,
+        may_be_more: bool,
+        size: i64,
+        path: &str,
+        last: impl Fn(&T) -> String,
+    ) -> Self {
+        let next = items.last().filter(|_| may_be_more).map(|item| {
             let separator = if path.contains('?') { '&' } else { '?' };
             format!(
                 "<{path}{separator}limit={size}&after={}>; rel=\"next\"",

@@ -127,7 +127,7 @@ pub async fn list_tasks(
         assign_to: agent.as_deref(),
         ..grouped(query.group.as_deref())
     };
-    let tasks = db.tasks(filter, page.after()?, size).await?;
+    let found = db.tasks(filter, page.after()?, size).await?;
     let mut kept = form_urlencoded::Serializer::new(String::new());
     for (key, value) in [
         ("status", &query.status),
@@ -144,8 +144,8 @@ pub async fn list_tasks(
     } else {
         format!("/v1/tasks?{kept}")
     };
-    let views = tasks.into_iter().map(TaskView::from).collect();
-    let listed = Listed::new(views, size, &path, |task: &TaskView| {
+    let views = found.tasks.into_iter().map(TaskView::from).collect();
+    let listed = Listed::page(views, found.may_be_more, size, &path, |task: &TaskView| {
         task.0["id"].as_str().unwrap_or_default().to_owned()
     });
     Ok(listed.into_response())

@@ -76,7 +76,7 @@ pub use schedules::ScheduleRow;
 pub use sessions::{MessageRow, NewMessage, SessionFilter, SessionRow};
 use silence::Silence;
 pub use steps::{NewStep, StepKind, StepRow};
-pub use tasks::{DeletedTask, TaskFilter, storable};
+pub use tasks::{DeletedTask, TaskFilter, TaskPage, storable};
 pub use teams::TeamRow;
 pub use turns::{CallUsage, RunStatus, TurnRecord};
 use wake::Bell;

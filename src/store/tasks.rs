@@ -1,6 +1,9 @@
 //! Tasks.
 
+use std::io;
+
 use chrono::{DateTime, Utc};
+use futures::TryStreamExt;
 use serde_json::Value;
 use sqlx::types::Json;
 use uuid::Uuid;
@@ -50,6 +53,36 @@ pub(super) struct Stored {
     pub(super) updated_at: DateTime<Utc>,
 }
 
+/// The most bytes of a page of tasks, but for the last one.
+const PAGE_BYTES: usize = 8 * 1024 * 1024;
+
+/// A page of a list of tasks.
+#[derive(Debug)]
+pub struct TaskPage {
+    /// The tasks.
+    pub tasks: Vec<Task>,
+    /// Whether there may be others after them.
+    pub may_be_more: bool,
+}
+
+/// How many bytes a document has as JSON.
+fn written(document: &Document) -> usize {
+    struct Count(usize);
+    impl io::Write for Count {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0 += bytes.len();
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let mut count = Count(0);
+    // Nothing of a document that was read cannot be written.
+    let _ = serde_json::to_writer(&mut count, document);
+    count.0
+}
+
 impl Stored {
     pub(super) fn into_task(self) -> Task {
         let mut task = Task::new(self.title, self.assign_to, self.document.0, self.created_at);
@@ -88,7 +121,7 @@ impl ProjectDb {
         Ok(stored.into_task())
     }
 
-    /// Tasks after `after`, oldest first, at most `limit`.
+    /// Tasks after `after`, oldest first: at most `limit`, and no more once they have [`PAGE_BYTES`]. They are read as they come: what is left out takes no memory.
     ///
     /// # Errors
     /// When the database cannot be reached.
@@ -97,8 +130,8 @@ impl ProjectDb {
         filter: TaskFilter<'_>,
         after: Option<Id<ids::Task>>,
         limit: i64,
-    ) -> Result<Vec<Task>> {
-        let stored = sqlx::query_as!(
+    ) -> Result<TaskPage> {
+        let mut rows = sqlx::query_as!(
             Stored,
             r#"select id, title, assign_to, status, held, group_label, run_id, mission_id, mission_run, document as "document: Json<Document>", created_at, updated_at
             from tasks
@@ -118,9 +151,19 @@ impl ProjectDb {
             filter.mission.map(Id::uuid),
             limit
         )
-        .fetch_all(&self.pool)
-        .await?;
-        Ok(stored.into_iter().map(Stored::into_task).collect())
+        .fetch(&self.pool);
+        let (mut tasks, mut bytes) = (Vec::new(), 0);
+        while let Some(stored) = rows.try_next().await? {
+            let task = stored.into_task();
+            bytes += written(&task.document);
+            tasks.push(task);
+            if bytes >= PAGE_BYTES {
+                break;
+            }
+        }
+        let may_be_more =
+            bytes >= PAGE_BYTES || i64::try_from(tasks.len()).is_ok_and(|count| count >= limit);
+        Ok(TaskPage { tasks, may_be_more })
     }
 }
 

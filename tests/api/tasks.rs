@@ -2023,3 +2023,32 @@ async fn an_outcome_that_is_no_web_address_is_refused_and_the_model_told() {
         assert!(told.contains("http or https"), "{told}");
     }
 }
+
+#[tokio::test]
+async fn a_page_of_tasks_is_bounded_in_bytes_too_and_its_link_goes_on() {
+    let app = TestApp::start_with(&["--role-of-test", "api"]).await;
+    app.agent("noor").await;
+    let description = "d".repeat(120_000);
+    let mut made = Vec::new();
+    for number in 0..100 {
+        let long = json!({"description": description, "draft": true});
+        made.push(app.task(&format!("t{number}"), long).await);
+    }
+    let (mut listed, mut sizes) = (Vec::new(), Vec::new());
+    let mut next = Some("/v1/tasks?limit=1000".to_owned());
+    while let Some(path) = next {
+        let page = app.get(&path).send().await.unwrap();
+        next = page.headers().get("link").map(|link| {
+            let link = link.to_str().unwrap();
+            link[1..link.find('>').unwrap()].to_owned()
+        });
+        let page: Vec<Value> = page.json().await.unwrap();
+        sizes.push(page.len());
+        listed.extend(
+            page.iter()
+                .map(|task| task["id"].as_str().unwrap().to_owned()),
+        );
+    }
+    assert_eq!(listed, made);
+    assert!(sizes.len() == 2 && sizes[0] < 75, "{sizes:?}");
+}
