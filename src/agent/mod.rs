@@ -10,7 +10,7 @@ use futures::{Stream, StreamExt};
 
 use crate::llm::{
     FinishReason, Message, ModelEvent, ModelRequest, Provider, ProviderError, ProviderState,
-    ToolCall, ToolChoice, Usage,
+    ToolCall, Usage,
 };
 
 mod compact;
@@ -230,7 +230,7 @@ pub fn turn(
                 return;
             }
             // What had to be called has been called: forced again, the model could never answer.
-            if matches!(request.tool_choice, Some(ToolChoice::Required | ToolChoice::Named(_))) {
+            if request.forces_a_call() {
                 request.tool_choice = None;
             }
         }

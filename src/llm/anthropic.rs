@@ -69,10 +69,7 @@ impl Anthropic {
 impl Provider for Anthropic {
     async fn stream(&self, request: ModelRequest) -> Result<ModelStream, ProviderError> {
         let of = Owner::new("anthropic", &self.base_url, &self.key, &request.model);
-        let gives_back = request
-            .messages
-            .iter()
-            .any(|said| said.state_for(&of).is_some());
+        let gives_back = request.gives_back(&of);
         let answer = match self.ask(&request, Some(&of)).await {
             // Its newer models take their thoughts back only with all that stood before them, and memories and tools may have changed.
             Err(ProviderError::Rejected(_)) if gives_back => self.ask(&request, None).await,
@@ -127,14 +124,10 @@ fn body(request: &ModelRequest, of: Option<&Owner>) -> Result<Value, ProviderErr
     let adaptive = thinks_adaptively(&request.model);
     // With a number of tokens to think, the API wants the calls since the user last spoke to begin with what was thought: where that is missing, it does
     // not think until the caller speaks again.
-    let forced = matches!(
-        request.tool_choice,
-        Some(ToolChoice::Required | ToolChoice::Named(_))
-    );
-    // While it thinks it cannot be made to call a tool.
-    let effort = request
-        .reasoning
-        .filter(|_| !forced && (adaptive || begins_with_thoughts(&request.messages, of)));
+    // And while it thinks it cannot be made to call a tool.
+    let effort = request.reasoning.filter(|_| {
+        !request.forces_a_call() && (adaptive || begins_with_thoughts(&request.messages, of))
+    });
     let most = most_tokens(&request.model).unwrap_or(u32::MAX);
     let usual = if adaptive {
         USUAL_TOKENS_THINKING

@@ -82,6 +82,23 @@ pub struct ModelRequest {
     pub permit: Option<Arc<dyn Permit>>,
 }
 
+impl ModelRequest {
+    /// Whether the model must call a tool.
+    pub fn forces_a_call(&self) -> bool {
+        matches!(
+            self.tool_choice,
+            Some(ToolChoice::Required | ToolChoice::Named(_))
+        )
+    }
+
+    /// Whether it has a state of this owner's to give back.
+    fn gives_back(&self, of: &state::Owner) -> bool {
+        self.messages
+            .iter()
+            .any(|said| said.state_for(of).is_some())
+    }
+}
+
 /// Which tool a model must call.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ToolChoice {

@@ -181,12 +181,7 @@ impl Provider for OpenAi {
         let of = self.of(&request.model);
         match self.ask(&request, Some(&of)).await {
             // A gateway may give what it does not take back, or have lost what it sealed.
-            Err(ProviderError::Rejected(_))
-                if request
-                    .messages
-                    .iter()
-                    .any(|said| said.state_for(&of).is_some()) =>
-            {
+            Err(ProviderError::Rejected(_)) if request.gives_back(&of) => {
                 self.ask(&request, None).await
             }
             answer => answer,
@@ -332,13 +327,9 @@ fn settings(
         Some(_) if !dialect.logit_bias => return Err(ProviderError::Unsupported("logit_bias")),
         bias => set("logit_bias", json!(bias)),
     }
-    let forced = matches!(
-        request.tool_choice,
-        Some(ToolChoice::Required | ToolChoice::Named(_))
-    );
     // These think when they are not asked, and while they do they cannot be made to call a tool.
-    let silenced =
-        dialect.thoughts_with_calls && (forced || request.reasoning == Some(Effort::Off));
+    let silenced = dialect.thoughts_with_calls
+        && (request.forces_a_call() || request.reasoning == Some(Effort::Off));
     if silenced {
         set("thinking", json!({"type": "disabled"}));
     }
